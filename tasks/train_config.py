@@ -1,0 +1,71 @@
+"""Settings of block-wise training (PrefixQuant, arXiv:2410.05265, section 5)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prefixquant.tasks.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How a block is trained to reproduce the full-precision block."""
+
+    epochs: int = 20
+    """Passes over the training sequences."""
+
+    sequences: int = 512
+    """Training sequences."""
+
+    validation_sequences: int = 64
+    """Held-out sequences; they decide early stopping and the epoch that is kept."""
+
+    sequence_length: int = 1024
+    """Tokens of a sequence."""
+
+    batch_size: int = 4
+    """Sequences of an optimizer step, over all workers together."""
+
+    scale_learning_rate: float = 5e-5
+    """Learning rate of scales, zero points and clipping ratios."""
+
+    weight_learning_rate: float = 5e-6
+    """Learning rate of the weights; 0 freezes them."""
+
+    min_learning_rate_ratio: float = 0.1
+    """Last learning rate over the first; cosine in between."""
+
+    constant_weight_learning_rate: bool = False
+    """Keep the weights' learning rate constant instead of on the cosine."""
+
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+
+    gradient_clip: float | None = 0.3
+    """Largest gradient norm. None: no clipping."""
+
+    loss: Literal["mse", "clamp_mse", "skip_mse", "normalized_mse", "cosine"] = "mse"
+    """Distance between the outputs of the quantized and the full-precision block."""
+
+    target: Literal["fp_input", "quant_input", "both"] = "fp_input"
+    """Stream that the full-precision block sees when it makes the target."""
+
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Autocast type; master weights are always float32."""
+
+    early_stop_epochs: int | None = None
+    """Stop after this many epochs without a better validation loss. None: never."""
+
+    offload_to_disk: bool = False
+    """Keep the streams on local disk instead of in host memory."""
+
+    def __post_init__(self) -> None:
+        counts = {name: getattr(self, name) for name in ("epochs", "sequences", "sequence_length", "batch_size")}
+        for name, value in counts.items():
+            if value < 1:
+                raise ConfigError(f"train.{name} must be at least 1, got {value}")
+        if self.validation_sequences < 0:
+            raise ConfigError(f"train.validation_sequences must not be negative, got {self.validation_sequences}")
+        if min(self.scale_learning_rate, self.weight_learning_rate, self.weight_decay) < 0:
+            raise ConfigError("train: learning rates and weight decay must not be negative")
+        if not 0 <= self.min_learning_rate_ratio <= 1:
+            raise ConfigError(f"train.min_learning_rate_ratio must lie in [0, 1], got {self.min_learning_rate_ratio}")
