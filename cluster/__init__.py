@@ -1,0 +1,1 @@
+"""Where work runs and bytes live: Ray session, artifact store."""

@@ -1,0 +1,1 @@
+"""One folder an operator: wrapper, PyTorch reference, benchmark, and a README with the maths."""

@@ -1,0 +1,1 @@
+"""The DAG: recipes, graph, keys, resume, tracking, report, command line."""

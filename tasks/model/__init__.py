@@ -1,0 +1,1 @@
+"""Model families, checkpoint streaming, quantizers, quantized modules, cache."""
