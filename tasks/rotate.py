@@ -1,21 +1,29 @@
 """Fold the norm gains and rotations of a block into its weights (QuaRot, arXiv:2404.00456; SpinQuant, arXiv:2405.16406)."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
-from prefixquant.tasks.errors import ConfigError
+import torch
+from prefixquant.kernels.hadamard import hadamard_transform, has_hadamard
+from prefixquant.tasks.errors import ConfigError, UnsupportedModelError
+from prefixquant.tasks.model.checkpoint import check_finite
+from prefixquant.tasks.model.families import ModelFamily
+from torch import Tensor
 
-Rotation = Literal["hadamard", "orthogonal"]
+RotationKind = Literal["hadamard", "orthogonal"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotateConfig:
     """Which rotations are applied. The function of the model stays the same; only its activations flatten."""
 
-    r1: Rotation | None = "hadamard"
+    r1: RotationKind | None = "hadamard"
     """Residual stream: random-sign Hadamard or random orthogonal matrix, folded into the weights. None: off."""
 
-    r2: Rotation | None = "hadamard"
+    r2: RotationKind | None = "hadamard"
     """Values of a head, undone in o_proj; folded into the weights, one matrix a block. None: off."""
 
     r3: bool = True
@@ -30,3 +38,130 @@ class RotateConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"rotate.seed must not be negative, got {self.seed}")
+
+
+class Rotation:
+    """An orthogonal matrix R, applied to the last axis without being formed where it has fast structure."""
+
+    def __init__(self, kind: RotationKind, size: int, seed: int, name: str) -> None:
+        """Draw a random-sign Hadamard (R = diag(signs) H) or a Haar-random orthogonal matrix of this size."""
+        generator = torch.Generator().manual_seed(_derived_seed(seed, name))
+        self._signs: Tensor | None = None
+        self._matrix: Tensor | None = None
+        if kind == "hadamard":
+            if not has_hadamard(size):
+                raise UnsupportedModelError(
+                    f"rotate: no Hadamard matrix of order {size} is known for {name}; use 'orthogonal' for it"
+                )
+            self._signs = torch.randint(0, 2, (size,), generator=generator).to(torch.float64) * 2 - 1
+        else:
+            gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
+            q, r = torch.linalg.qr(gaussian)
+            self._matrix = q * torch.sign(torch.diagonal(r))
+
+    def right(self, x: Tensor) -> Tensor:
+        """Return x @ R over the last axis, float64."""
+        if self._signs is not None:
+            return hadamard_transform(x * self._signs.to(x.device))
+        assert self._matrix is not None
+        return x @ self._matrix.to(x.device)
+
+    def transposed_left(self, x: Tensor) -> Tensor:
+        """Return R^T @ x for a matrix x [n, m], float64."""
+        return self.right(x.T).T
+
+
+def _derived_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+
+
+@lru_cache(maxsize=2)
+def _residual_rotation(kind: RotationKind, size: int, seed: int) -> Rotation:
+    return Rotation(kind, size, seed, "r1")
+
+
+def rotate_block(
+    weights: Mapping[str, Tensor],
+    family: ModelFamily,
+    head_dim: int,
+    block: int,
+    config: RotateConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Return the block's weights with norm gains folded and rotations applied, in `dtype`, on the CPU.
+
+    All products are taken in float64. Names are block-relative; gains become ones; q_norm and k_norm stay as they are.
+    With R4 on, down_proj expects its input transformed online; with R1 on, the stream must be rotated (`rotate_ends`).
+
+    Raises:
+        NumericalError: a weight is NaN or infinite.
+        UnsupportedModelError: a size has no known Hadamard matrix.
+    """
+    check_finite(weights.items(), f"block {block}")
+    w = {name: tensor.to(device=device, dtype=torch.float64) for name, tensor in weights.items()}
+    for norm, consumers in ((family.norm1, family.norm1_consumers), (family.norm2, family.norm2_consumers)):
+        gain = w[f"{norm}.weight"]
+        for consumer in consumers:
+            w[f"{consumer}.weight"] = w[f"{consumer}.weight"] * gain
+        w[f"{norm}.weight"] = torch.ones_like(gain)
+
+    if config.r1 is not None:
+        r1 = _residual_rotation(config.r1, w[f"{family.q}.weight"].shape[1], config.seed)
+        for consumer in (*family.norm1_consumers, *family.norm2_consumers):
+            w[f"{consumer}.weight"] = r1.right(w[f"{consumer}.weight"])
+        for producer in (family.o, family.down):
+            w[f"{producer}.weight"] = r1.transposed_left(w[f"{producer}.weight"])
+            if f"{producer}.bias" in w:
+                w[f"{producer}.bias"] = r1.right(w[f"{producer}.bias"])
+
+    if config.r2 is not None:
+        r2 = Rotation(config.r2, head_dim, config.seed, f"r2/{block}")
+        value, output = f"{family.v}.weight", f"{family.o}.weight"
+        heads = w[value].unflatten(0, (-1, head_dim))  # [kv heads, head_dim, hidden]
+        w[value] = r2.right(heads.transpose(1, 2)).transpose(1, 2).reshape(w[value].shape)
+        if f"{family.v}.bias" in w:
+            w[f"{family.v}.bias"] = r2.right(w[f"{family.v}.bias"].unflatten(0, (-1, head_dim))).flatten()
+        w[output] = r2.right(w[output].unflatten(1, (-1, head_dim))).flatten(1)
+
+    if config.r4:
+        w[f"{family.down}.weight"] = hadamard_transform(w[f"{family.down}.weight"])
+    return {name: tensor.to(device="cpu", dtype=dtype).contiguous() for name, tensor in w.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What lies outside the blocks: embedding [vocab, hidden] and head [vocab, hidden] (gain of the final norm folded)."""
+
+    embedding: Tensor
+    head: Tensor
+
+
+def rotate_ends(
+    embedding: Tensor,
+    final_gain: Tensor,
+    head: Tensor,
+    config: RotateConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int = 8192,
+) -> Ends:
+    """Return embedding and head on the rotated stream, in `dtype`, on the CPU; `rows` vocabulary entries at a time.
+
+    Tied embeddings come in twice and leave untied: the head alone takes the final norm's gain.
+    """
+    check_finite([("embedding", embedding), ("final norm", final_gain), ("head", head)], "model ends")
+    r1 = None if config.r1 is None else _residual_rotation(config.r1, embedding.shape[1], config.seed)
+    gain = final_gain.to(device=device, dtype=torch.float64)
+
+    def rotated(matrix: Tensor, scale: Tensor | None) -> Tensor:
+        result = torch.empty(matrix.shape, dtype=dtype)
+        for start in range(0, len(matrix), rows):
+            part = matrix[start : start + rows].to(device=device, dtype=torch.float64)
+            part = part if scale is None else part * scale
+            result[start : start + rows] = (part if r1 is None else r1.right(part)).to(device="cpu", dtype=dtype)
+        return result
+
+    return Ends(embedding=rotated(embedding, None), head=rotated(head, gain))

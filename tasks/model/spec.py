@@ -126,4 +126,6 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         if self.values is not None and self.values.before_rope:
-            raise ConfigError("quantize.values.before_rope: values pass no rotary embedding; only keys have this choice")
+            raise ConfigError(
+                "quantize.values.before_rope: values pass no rotary embedding; only keys have this choice"
+            )

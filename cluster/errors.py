@@ -1,0 +1,23 @@
+"""Errors of the artifact store. Each message says where, what was wanted, what came, and the next step."""
+
+
+class ArtifactError(Exception):
+    """Base of every error of the artifact store. Survives pickling, so a Ray task can raise it."""
+
+    def __init__(self, message: str, key: str | None = None, name: str | None = None) -> None:
+        super().__init__(message)
+        # Set as attributes rather than passed to super(): pickle rebuilds from the message, then restores these.
+        self.key = key
+        self.name = name
+
+
+class ArtifactMissing(ArtifactError):  # noqa: N818 - named for the state it reports
+    """The store holds no such artifact (`key`), or the artifact holds no such file (`name`)."""
+
+
+class ArtifactCorrupted(ArtifactError):  # noqa: N818 - named for the state it reports
+    """The bytes in the store are not the bytes that were published; `key` and `name` say which."""
+
+
+class StoreUnwritable(ArtifactError):  # noqa: N818 - named for the state it reports
+    """The store refused a write: no permission, no space, no such place, or no exclusive creation."""

@@ -1,0 +1,167 @@
+"""A Ray cluster to run functions on: started here, found running, or joined at an address."""
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+_LOCAL_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds every socket to loopback; _node_ip_address does not
+    "RAY_AUTH_MODE": "disabled",  # loopback only; otherwise it depends on a token file in the home folder
+}
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` every worker would build an environment of its own
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning
+    "RAY_task_oom_retries": "2",  # by default a task that Ray kills for memory is tried again for ever
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # its thread changes os.environ under ours
+}
+_MAX_RETRIES = 2  # of a task whose worker or node died, or which raised OSError
+_CONNECT_TIMEOUT_S = 10.0
+
+Ref = Any
+"""A task under way (ray.ObjectRef)."""
+
+
+class TaskLostError(Exception):
+    """A task was lost with its worker or node, was killed for memory, or was cancelled; it raised nothing itself."""
+
+
+def connect(
+    address: str | None = None,
+    *,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    object_store_bytes: int = 200 * 2**20,
+) -> "RaySession":
+    """Return a session on a Ray cluster; use it as a context manager.
+
+    Args:
+        address: of a running cluster (`auto`, `host:port`, `ray://...`). None: the cluster this process is connected
+            to, or the one of the Ray job this runs in (RAY_ADDRESS), or a new one on this machine.
+        num_cpus: of a new cluster; None: all cores.
+        num_gpus: of a new cluster; None: all that are visible.
+        object_store_bytes: of a new cluster. Small: tensors travel through the artifact store.
+    Raises:
+        ConnectionError: there is no cluster at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address:
+        _check_reachable(address)
+    for name, value in (_ENVIRONMENT if address else _ENVIRONMENT | _LOCAL_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)  # before the import: Ray reads some of them only then
+
+    import ray
+
+    if ray.is_initialized():
+        return RaySession(owned=False)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    if address:
+        del quiet["include_dashboard"]  # belongs to whoever starts the cluster
+        ray.init(address=address, **quiet)
+    else:
+        ray.init(num_cpus=num_cpus, num_gpus=num_gpus, object_store_memory=object_store_bytes, **quiet)
+    return RaySession(owned=True)
+
+
+class RaySession:
+    """Runs functions on the cluster this process is connected to. On exit it ends what `connect` began, no more."""
+
+    def __init__(self, *, owned: bool) -> None:
+        import ray
+
+        self._ray = ray
+        self._owned = owned
+        self._remotes: dict[tuple[Callable[..., Any], bool], Any] = {}
+        self._nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.cpus = int(sum(node.get("CPU", 0) for node in self._nodes))
+        """Cores of the whole cluster."""
+        self.gpus = int(sum(node.get("GPU", 0) for node in self._nodes))
+        """GPUs of the whole cluster."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect, which ends a cluster started by `connect`. One that was there before stays."""
+        if self._owned:
+            self._owned = False
+            self._ray.shutdown()
+
+    def fit(self, cpus: int, gpus: float) -> tuple[int, float]:
+        """Return the request cut to what one node has, as of `connect`; one that fits no node would wait for ever."""
+        gpus = min(gpus, max((node.get("GPU", 0.0) for node in self._nodes), default=0.0))
+        most = max((int(node.get("CPU", 0)) for node in self._nodes if node.get("GPU", 0) >= gpus), default=0)
+        return min(cpus, most) if most else cpus, gpus
+
+    def submit(self, function: Callable[..., Any], *args: Any, name: str, cpus: int = 1, gpus: float = 0) -> Ref:
+        """Start `function(*args)` and return a handle for `wait`, `result` and `cancel`.
+
+        It is tried again up to twice if its worker or node dies or it raises OSError, and for no other reason.
+        `cpus` and `gpus` are cut to what the cluster has.
+        """
+        cpus, gpus = self.fit(cpus, gpus)
+        # CUDA_VISIBLE_DEVICES is read once a process: where there are several GPUs, a worker serves one task only.
+        once = gpus > 0 and self.gpus > 1
+        remote = self._remotes.get((function, once))
+        if remote is None:
+            options = {"max_retries": _MAX_RETRIES, "retry_exceptions": [OSError], "max_calls": int(once)}
+            remote = self._remotes[function, once] = self._ray.remote(**options)(function)
+        return remote.options(name=name, num_cpus=cpus, num_gpus=gpus).remote(*args)
+
+    def wait(self, refs: Sequence[Ref], timeout: float | None = None) -> list[Ref]:
+        """Return those of `refs` that have ended, as soon as there is one; none after `timeout` seconds."""
+        ready, _ = self._ray.wait(list(refs), num_returns=1, timeout=timeout)
+        return ready
+
+    def result(self, ref: Ref) -> Any:
+        """Return what the function returned, or raise what it raised, chained to the worker's traceback.
+
+        Raises TaskLostError if it came to no end of its own.
+        """
+        exceptions = self._ray.exceptions
+        try:
+            return self._ray.get(ref)
+        except exceptions.RayTaskError as err:
+            raise err.cause from err
+        except exceptions.OutOfMemoryError as err:
+            raise TaskLostError(f"Ray killed it for memory: {_first_line(err)}") from err
+        except exceptions.RayError as err:
+            raise TaskLostError(f"{type(err).__name__}: {_first_line(err)}") from err
+
+    def cancel(self, refs: Sequence[Ref]) -> None:
+        """Kill the tasks that are under way and forget those that wait. What they have published stays."""
+        for ref in refs:
+            self._ray.cancel(ref, force=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConnectionError if nothing listens at host and port; Ray would keep trying for minutes."""
+    place = re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address)
+    if place is None:
+        return  # `auto` and the like: Ray finds the place
+    try:
+        socket.create_connection((place[1], int(place[2])), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as err:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address} ({err}); check the address, or start one with `ray start --head`"
+        ) from err
+
+
+def assigned_gpus() -> list[str]:
+    """Return the ids of the GPUs that the current Ray task was given; none outside of one."""
+    import ray
+
+    if not ray.is_initialized():
+        return []
+    return [str(gpu) for gpu in ray.get_gpu_ids()]
+
+
+def _first_line(err: BaseException) -> str:
+    return next((line.strip() for line in str(err).splitlines() if line.strip()), "no message")

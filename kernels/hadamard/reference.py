@@ -1,0 +1,79 @@
+"""Orthonormal Hadamard transforms of the last axis, in plain PyTorch.
+
+A Hadamard matrix of order n has entries +-1 and orthogonal rows; here it is divided by sqrt(n). Orders are built as
+Kronecker products of known ones, H_n = H_k1 (x) H_k2 (x) ..., so a transform is one small matrix product an axis.
+The known matrices (orders 1, 2 and the multiples of 4 up to 256) come with compressed-tensors.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from compressed_tensors.transform.utils import hadamard as known
+from prefixquant.kernels.errors import KernelInputError
+from safetensors import safe_open
+from torch import Tensor
+
+MAX_POWER = 128
+"""Largest power-of-two factor taken as one matrix product; larger ones are split."""
+
+
+@lru_cache(maxsize=1)
+def _known_orders() -> frozenset[int]:
+    with safe_open(known.REPO_PATH, framework="pt") as file:
+        return frozenset(int(name) for name in file.keys())  # noqa: SIM118, a safetensors handle is no dict
+
+
+@lru_cache(maxsize=256)
+def hadamard_factors(n: int) -> tuple[int, ...]:
+    """Return orders of known Hadamard matrices whose product is n, those with an odd part first.
+
+    One factor 4 * odd is preferred (1536 = 12 * 128, 14336 = 28 * 512); several are used where the odd part is too
+    large for the table (29568 = 12 * 28 * 44 * 2). Powers of two are split into factors of at most `MAX_POWER`.
+
+    Raises:
+        KernelInputError: no such product is known.
+    """
+    factors = _factor_odd(n & -n, n // (n & -n), _known_orders()) if n > 0 else None
+    if factors is None:
+        raise KernelInputError(
+            f"no Hadamard matrix of order {n} is known: it must be a product of 2s and multiples of 4 up to 256"
+        )
+    return factors
+
+
+def _factor_odd(power: int, odd: int, orders: frozenset[int]) -> tuple[int, ...] | None:
+    if odd == 1:
+        factors = []
+        while power > 1:
+            factors.append(min(power, MAX_POWER))
+            power //= factors[-1]
+        return tuple(factors) or (1,)
+    divisors = sorted((d for d in range(3, odd + 1, 2) if odd % d == 0 and 4 * d in orders), reverse=True)
+    for divisor in divisors if power >= 4 else ():
+        rest = _factor_odd(power // 4, odd // divisor, orders)
+        if rest is not None:
+            return (4 * divisor, *(factor for factor in rest if factor > 1))
+    return None
+
+
+@lru_cache(maxsize=64)
+def hadamard_matrix(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the orthonormal Hadamard matrix [order, order] of a known order."""
+    with safe_open(known.REPO_PATH, framework="pt") as file:
+        matrix = file.get_tensor(str(order))
+    return (matrix.to(torch.float64) / math.sqrt(order)).to(dtype=dtype, device=device)
+
+
+def hadamard_transform_reference(x: Tensor) -> Tensor:
+    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size; same shape and dtype as x."""
+    shape = x.shape
+    factors = hadamard_factors(shape[-1])
+    y = x.reshape(-1, *factors)
+    for axis, order in enumerate(factors, start=1):
+        matrix = hadamard_matrix(order, x.dtype, x.device)
+        if axis == len(factors):
+            y = y @ matrix
+        else:  # y[..., i, rest] -> sum_i matrix[i, j] y[..., i, rest]
+            y = (matrix.T @ y.reshape(-1, order, math.prod(factors[axis:]))).reshape(y.shape)
+    return y.reshape(shape)

@@ -1,0 +1,73 @@
+"""Between artifacts in memory and files in the store: safetensors and JSON, no pickle."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from prefixquant.cluster.store import ArtifactStore, Manifest
+from prefixquant.tasks.artifact import Artifact
+from prefixquant.tasks.errors import PrefixQuantError
+
+TENSORS = "tensors.safetensors"
+RECORD = "record.json"
+_LARGE_BYTES = 64 * 2**20
+
+
+class ArtifactFormatError(PrefixQuantError):
+    """A task returned something that cannot be stored: a record that is not JSON, or a file under a reserved name."""
+
+
+def encode(artifact: Artifact) -> dict[str, bytes]:
+    """Return the artifact's files by name, tensors on CPU and contiguous. Raises ArtifactFormatError."""
+    files = _small_files(artifact)
+    if artifact.tensors:
+        files[TENSORS] = save(_storable(artifact.tensors))
+    return files
+
+
+def publish_artifact(store: ArtifactStore, key: str, artifact: Artifact, meta: Mapping[str, Any]) -> Manifest:
+    """Store the artifact under `key` and return the manifest. Raises ArtifactFormatError and what `publish` raises."""
+    if sum(tensor.nbytes for tensor in artifact.tensors.values()) < _LARGE_BYTES:
+        return store.publish(key, encode(artifact), meta=meta)
+    with tempfile.TemporaryDirectory(prefix="prefixquant-") as folder:
+        path = Path(folder, TENSORS)  # large ones go through a file: in memory they would be there twice
+        save_file(_storable(artifact.tensors), path)
+        return store.publish(key, {**_small_files(artifact), TENSORS: path}, meta=meta)
+
+
+def load_artifact(store: ArtifactStore, key: str) -> Artifact:
+    """Return the artifact, verified, tensors on CPU. Raises ArtifactMissing or ArtifactCorrupted."""
+    names = store.manifest(key).files
+    return Artifact(
+        tensors=load_file(store.local_path(key, TENSORS)) if TENSORS in names else {},
+        record=json.loads(store.read(key, RECORD)),
+        files={name: store.read(key, name) for name in names if name not in (TENSORS, RECORD)},
+    )
+
+
+def _small_files(artifact: Artifact) -> dict[str, bytes]:
+    for name in (TENSORS, RECORD):
+        if name in artifact.files:
+            raise ArtifactFormatError(f"an artifact's file cannot be called {name!r}, which is a reserved name")
+    try:
+        record = json.dumps(artifact.record, allow_nan=False, indent=1)
+    except (TypeError, ValueError) as err:
+        raise ArtifactFormatError(f"an artifact's record must be finite JSON types: {err}") from err
+    return {**artifact.files, RECORD: record.encode()}
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    storable: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in storages:
+            plain = plain.clone()  # safetensors refuses tensors that share memory
+        storages.add(plain.untyped_storage().data_ptr())
+        storable[name] = plain
+    return storable

@@ -1,0 +1,330 @@
+"""Run a graph on Ray: submit what is ready, wait for one to end, decide again from what the store then holds."""
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Literal
+
+from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactMissing, StoreUnwritable
+from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError
+from prefixquant.cluster.store import ArtifactStore
+from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
+from prefixquant.pipeline.worker import NodeCall, NodeResult, run_node
+from prefixquant.tasks.errors import ConfigError, DataError, NumericalError
+
+_MAX_REPAIRS = 2  # of one artifact
+_POLL_S = 1.0  # so that signals are heard while tasks run
+
+_ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (ConfigError, "Correct the recipe and run again; what is finished is stored."),
+    (DataError, "Correct the texts that the recipe names and run again; what is finished is stored."),
+    (NumericalError, "The numbers diverged: lower the learning rate, or look at what enters that block."),
+    (StoreUnwritable, "Make room or choose another store, then run again; what is finished is stored."),
+    (
+        (ArtifactCorrupted, ArtifactMissing),
+        "Its input is damaged or gone each time it is built: check the disk, and whether another run uses the store.",
+    ),
+    (MemoryError, "Too little memory: lower the batch or calibration size of that task, or use a larger machine."),
+    (TaskLostError, "The worker died each time, mostly for lack of memory. Run again to go on from here."),
+)
+_DEFAULT_ADVICE = "Run again to go on from here; what is finished is stored."
+
+Outcome = Literal["done", "cached", "failed", "skipped", "unneeded"]
+"""done: built in this run. cached: was there. failed: its task raised. skipped: needs one that failed, or the run was
+interrupted first. unneeded: nothing that ran had a use for it."""
+
+
+EventKind = Literal["submitted", "done", "cached", "failed", "skipped", "repaired", "discarded"]
+"""repaired: an input of the node was damaged and is built again first. discarded: the node's ephemeral artifact has
+served and is gone from the store. The others: see Outcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something happened to a node."""
+
+    kind: EventKind
+
+    node: str
+    task: str
+    seconds: float
+    """Since the run began."""
+
+    result: NodeResult | None = None
+    """With `done`, unless another node's run yielded the artifact."""
+
+    message: str = ""
+    """With `failed` and `repaired`: why."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFailure:
+    """Why a node came to no artifact."""
+
+    node: str
+    key: str
+    error: str
+    """Kind and message, one line as a rule."""
+
+    advice: str
+    """What to do next."""
+
+    detail: str
+    """The worker's traceback, where there is one."""
+
+    def __str__(self) -> str:
+        return f"{self.node} failed (artifact {self.key[:12]}): {self.error}\n{self.advice}"
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What became of every node."""
+
+    states: dict[str, Outcome]
+    results: dict[str, NodeResult]
+    """Of the nodes that ran, which excludes byproducts."""
+
+    failures: list[NodeFailure]
+    seconds: float
+    """Wall clock of the run."""
+
+    interrupted: bool
+    """A SIGINT or SIGTERM ended it early."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether all targets are there."""
+        return not self.failures and not self.interrupted
+
+
+def execute(
+    graph: Graph,
+    targets: Collection[str],
+    store: ArtifactStore,
+    session: RaySession,
+    *,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> RunResult:
+    """Build what the targets lack and return what became of every node.
+
+    A task that raises fails its node; what does not depend on it goes on and is stored. A damaged input is discarded
+    and built again. SIGINT or SIGTERM kills the running tasks and ends the run. In each case the published artifacts
+    stay, and the next call goes on from them.
+
+    Args:
+        graph: a graph that passes `check`.
+        targets: names of the nodes wanted; GraphError if one is unknown.
+        store: must be reachable by the same URL from every worker.
+        session: where to run.
+        on_event: called from this thread; what it raises ends the run.
+    """
+    run = _Run(graph, targets, store, session, on_event)
+    interrupted = False
+    with _sigterm_as_sigint():
+        try:
+            run.loop()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            session.cancel(list(run.pending))
+    return run.finish(interrupted)
+
+
+class _Run:
+    """The state of one run. What to do next follows from `stored` and `failures`; everything else is bookkeeping."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        targets: Collection[str],
+        store: ArtifactStore,
+        session: RaySession,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self.graph, self.targets, self.store, self.session, self.on_event = graph, targets, store, session, on_event
+        self.start = time.monotonic()
+        self.stored = stored_keys(graph, store)
+        self.states: dict[str, Outcome] = {}
+        self.results: dict[str, NodeResult] = {}
+        self.failures: dict[str, NodeFailure] = {}
+        self.repairs: Counter[str] = Counter()
+        self.pending: dict[Ref, str] = {}
+        durable = [name for name in graph.order if not graph.nodes[name].task.ephemeral]
+        self.kept = {*targets, *durable}
+
+    def loop(self) -> None:
+        """Return when nothing is running and nothing more can be started."""
+        while True:
+            self.discard_spent()
+            self.submit_ready()
+            if not self.pending:
+                return
+            for ref in self.session.wait(list(self.pending), timeout=_POLL_S):
+                self.collect(ref)
+
+    def submit_ready(self) -> None:
+        """Start every node that has to run and has its inputs."""
+        states = decide(self.graph, self.targets, self.stored, self.failures)
+        busy = {self.graph.key(name) for name in self.pending.values()}
+        found = False
+        for name, state in states.items():
+            if state == "cached" and name not in self.states:
+                self.set_state(name, "cached")
+            if state != "run" or name in self.failures:
+                continue
+            key = self.graph.key(name)
+            if key in busy or any(self.graph.key(parent) not in self.stored for parent in self.graph.parents(name)):
+                continue
+            if self.store.has(key):  # another run was faster
+                self.stored.add(key)
+                self.set_state(name, "cached")
+                found = True
+                continue
+            self.submit(name)
+            busy.add(key)
+        if found:
+            self.submit_ready()
+
+    def submit(self, name: str) -> None:
+        node = self.graph.nodes[name]
+        cpus, gpus = self.session.fit(node.resources.cpus, node.resources.gpus)
+        later = self.decide_rest()
+        byproducts = {
+            label: self.graph.key(product)
+            for label, product in node.byproducts.items()
+            if later[product] in ("yielded", "run")  # somebody will read it, and it is not there
+        }
+        call = NodeCall(
+            store_url=self.store.url,
+            node=name,
+            task=node.task,
+            config=node.config,
+            key=self.graph.key(name),
+            input_keys=self.graph.input_keys(name),
+            byproduct_keys=byproducts,
+            cpus=cpus,
+        )
+        self.pending[self.session.submit(run_node, call, name=name, cpus=cpus, gpus=gpus)] = name
+        self.emit("submitted", name)
+
+    def collect(self, ref: Ref) -> None:
+        """Take in the end of one task."""
+        name = self.pending.pop(ref)
+        try:
+            result: NodeResult = self.session.result(ref)
+        except (ArtifactCorrupted, ArtifactMissing) as err:
+            if not self.repair(name, err):
+                self.fail(name, err)
+        except Exception as err:  # whatever a task can raise fails that task and is reported
+            self.fail(name, err)
+        else:
+            self.results[name] = result
+            self.stored.add(self.graph.key(name))
+            self.set_state(name, "done", result)
+            for label in result.byproducts:
+                product = self.graph.nodes[name].byproducts[label]
+                self.stored.add(self.graph.key(product))
+                self.set_state(product, "done")
+
+    def repair(self, name: str, err: ArtifactCorrupted | ArtifactMissing) -> bool:
+        """Discard the damaged input, so that it is built again, and return True; False if that is no way out."""
+        if err.key is None or err.key not in {self.graph.key(parent) for parent in self.graph.parents(name)}:
+            return False
+        if err.key in self.stored:  # otherwise another consumer has found it first
+            self.repairs[err.key] += 1
+            if self.repairs[err.key] > _MAX_REPAIRS:
+                return False
+            self.store.discard(err.key)
+            self.stored.discard(err.key)
+        self.emit("repaired", name, message=str(err))
+        return True
+
+    def fail(self, name: str, err: Exception) -> None:
+        text = str(err).strip() or "no message"
+        failure = NodeFailure(
+            node=name,
+            key=self.graph.key(name),
+            error=f"{type(err).__name__}: {text}",
+            advice=_advice(err),
+            detail=str(err.__cause__ or ""),
+        )
+        self.failures[name] = failure
+        self.set_state(name, "failed", message=failure.error)
+
+    def discard_spent(self) -> None:
+        """Remove ephemeral artifacts that no unfinished node of the graph will read."""
+        readers = {name for name, state in self.decide_rest().items() if state == "run"} | set(self.pending.values())
+        wanted = {self.graph.key(parent) for reader in readers for parent in self.graph.parents(reader)}
+        wanted |= {self.graph.key(name) for name in self.kept}
+        for name in self.graph.order:
+            key = self.graph.key(name)
+            if key in self.stored and key not in wanted:
+                self.store.discard(key)
+                self.stored.discard(key)
+                self.emit("discarded", name)
+
+    def decide_rest(self) -> dict[str, State]:
+        """Return what a run for the whole graph would do now: this one, and later ones for what was not asked now."""
+        return decide(self.graph, self.kept, self.stored, self.failures)
+
+    def finish(self, interrupted: bool) -> RunResult:
+        """Return the result; a node that has no state yet was either skipped or never needed."""
+        states = decide(self.graph, self.targets, self.stored, self.failures)
+        stuck = blocked(self.graph, self.stored, self.failures)
+        for name, state in states.items():
+            if state in ("run", "yielded") and name not in self.failures:
+                assert interrupted or name in stuck, f"{name} could have run"
+                self.set_state(name, "skipped")
+            else:
+                self.states.setdefault(name, "unneeded")
+        return RunResult(
+            states={name: self.states[name] for name in self.graph.order},
+            results=self.results,
+            failures=list(self.failures.values()),
+            seconds=time.monotonic() - self.start,
+            interrupted=interrupted,
+        )
+
+    def set_state(
+        self,
+        name: str,
+        state: Literal["done", "cached", "failed", "skipped"],
+        result: NodeResult | None = None,
+        message: str = "",
+    ) -> None:
+        self.states[name] = state
+        self.emit(state, name, result, message)
+
+    def emit(self, kind: EventKind, name: str, result: NodeResult | None = None, message: str = "") -> None:
+        task = self.graph.nodes[name].task.name
+        seconds = time.monotonic() - self.start
+        self.on_event(Event(kind, name, task, seconds, result, message))
+
+
+def _advice(err: Exception) -> str:
+    if type(err).__name__ == "OutOfMemoryError":  # torch's, which is not a MemoryError
+        err = MemoryError()
+    return next((advice for kinds, advice in _ADVICE if isinstance(err, kinds)), _DEFAULT_ADVICE)
+
+
+@contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does. Signals reach the main thread only, so elsewhere this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,125 @@
+"""One decoder block, run through transformers' own model class with a single layer. Letters: B batch, T tokens, D hidden."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from prefixquant.tasks.errors import NumericalError
+from prefixquant.tasks.model.cache import prefix_cache
+from prefixquant.tasks.model.families import ModelFamily
+from prefixquant.tasks.model.modules import ATTENTION, KeySiteBeforeRope, register_attention
+from prefixquant.tasks.model.sites import OnlineTransforms, Site, install_sites, sites_of
+from prefixquant.tasks.model.spec import QuantizeConfig
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig
+
+Prefix = tuple[Tensor, Tensor]
+"""Keys and values of the prefix in one block, each [KV heads, P, head_dim], as they lie in the cache."""
+
+
+def block_prefix(prefix: tuple[Tensor, Tensor] | None, block: int, device: torch.device) -> Prefix | None:
+    """Return one block's part of the prefix [L, KV heads, P, head_dim], on the device."""
+    return None if prefix is None else (prefix[0][block].to(device), prefix[1][block].to(device))
+
+
+def single_block_config(config: PretrainedConfig, block: int) -> PretrainedConfig:
+    """Return the config of a model that consists of this block alone (its attention kind is kept)."""
+    single = copy.deepcopy(config)
+    single.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        single.layer_types = [config.layer_types[block]]
+    return single
+
+
+class Block(nn.Module):
+    """A decoder block with quantization sites, taking hidden states to hidden states behind the prefix."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        family: ModelFamily,
+        block: int,
+        weights: Mapping[str, Tensor],
+        *,
+        transforms: OnlineTransforms,
+        quantize: QuantizeConfig | None,
+        device: torch.device,
+    ) -> None:
+        """Build from the block's weights by block-relative name; `quantize` None builds no quantizer."""
+        super().__init__()
+        register_attention()
+        self.index = block
+        single = single_block_config(config, block)
+        with torch.device("meta"):
+            model = AutoModel.from_config(single, attn_implementation=ATTENTION)
+        layer = model.layers[0]
+        dtype = weights[f"{family.q}.weight"].dtype
+        placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
+        layer.load_state_dict(placed, assign=True)
+        install_sites(layer, single, family, transforms=transforms, quantize=quantize)
+        model.embed_tokens = nn.Identity()
+        model.norm = nn.Identity()
+        model.rotary_emb = type(model.rotary_emb)(config=single)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.layer = layer
+        self.family = family
+
+    @property
+    def attention(self) -> nn.Module:
+        """The attention module, which owns the key and value sites."""
+        return self.layer.get_submodule(self.family.attention)
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The block's sites by name."""
+        return sites_of(self.layer, self.family)
+
+    def linear(self, role: str) -> nn.Module:
+        """Return one of the seven linears by its block-relative name."""
+        module = self.layer.get_submodule(role)
+        return module.inner if isinstance(module, KeySiteBeforeRope) else module
+
+    @contextmanager
+    def only(self, *names: str) -> Iterator[None]:
+        """Within the context, quantize at the named sites alone."""
+        before = {name: site.enabled for name, site in self.sites.items()}
+        try:
+            for name, site in self.sites.items():
+                site.enabled = name in names
+            yield
+        finally:
+            for name, site in self.sites.items():
+                site.enabled = before[name]
+
+    @torch.no_grad()
+    def forward(self, hidden_BTD: Tensor, prefix: Prefix | None) -> Tensor:
+        """Return the block's output [B, T, D]; real tokens take the positions after the prefix."""
+        stacked = None if prefix is None else (prefix[0].unsqueeze(0), prefix[1].unsqueeze(0))
+        cache = prefix_cache([self.attention], stacked, hidden_BTD.shape[0])
+        return self.model(inputs_embeds=hidden_BTD, past_key_values=cache, use_cache=True).last_hidden_state
+
+    @torch.no_grad()
+    def prefix_states(self, hidden_1PD: Tensor) -> tuple[Tensor, Prefix]:
+        """Return the block's output for the prefix tokens and their keys and values, in full precision."""
+        with self.only():
+            cache = prefix_cache([self.attention], None, 1)
+            output = self.model(inputs_embeds=hidden_1PD, past_key_values=cache, use_cache=True).last_hidden_state
+        return output, (cache.layers[0].keys[0], cache.layers[0].values[0])
+
+
+def run_batched(
+    function: Callable[[Tensor], Tensor], stream_NTD: Tensor, batch_size: int, device: torch.device, where: str
+) -> Tensor:
+    """Return function(batch) over a stream of N sequences, on the stream's device.
+
+    Raises:
+        NumericalError: an output is NaN or infinite.
+    """
+    outputs = torch.empty_like(stream_NTD)
+    for start in range(0, len(stream_NTD), batch_size):
+        output = function(stream_NTD[start : start + batch_size].to(device))
+        if not torch.isfinite(output).all():
+            raise NumericalError(f"{where}: the output holds NaN or infinite values (sequences {start} and on)")
+        outputs[start : start + batch_size] = output.to(outputs.device)
+    return outputs

@@ -1,0 +1,112 @@
+"""Modules that take the place of a block's linears and norms. Letters: B batch, T tokens, D channels, O outputs."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from prefixquant.kernels.hadamard import hadamard_transform
+from prefixquant.tasks.model.quantizer import SiteQuantizer
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "prefixquant"
+"""Name of our attention function in transformers' registry."""
+
+
+class Site(nn.Module):
+    """A place where a tensor is quantized: passes x on, observed and quantized if so set.
+
+    `observer(x)` sees the tensor before quantization; `enabled` False leaves it in full precision.
+    """
+
+    def __init__(self, quantizer: SiteQuantizer | None) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.enabled = True
+        self.observer: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x, on its quantization grid if there is a quantizer and it is enabled."""
+        if self.observer is not None:
+            self.observer(x)
+        return self.quantizer(x) if self.quantizer is not None and self.enabled else x
+
+
+class SiteNorm(nn.Module):
+    """RMSNorm whose output is a quantization site shared by the linears that read it."""
+
+    def __init__(self, weight: Tensor, eps: float, site: Site) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = eps
+        self.site = site
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return x / rms(x) * weight, then through the site; the mean square is taken in float32."""
+        x = x_BTD.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.site(self.weight * x.to(x_BTD.dtype))
+
+
+class SiteLinear(nn.Module):
+    """Linear whose input may pass an online Hadamard transform and then a quantization site."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, site: Site | None = None, hadamard: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        self.site = site
+        self.hadamard = hadamard
+
+    def prepare(self, x_BTD: Tensor) -> Tensor:
+        """Return what the product sees: the input after the online transform and the site."""
+        if self.hadamard:
+            x_BTD = hadamard_transform(x_BTD)
+        return x_BTD if self.site is None else self.site(x_BTD)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the product with the weight, [B, T, O]."""
+        return F.linear(self.prepare(x_BTD), self.weight, self.bias)
+
+
+class KeySiteBeforeRope(nn.Module):
+    """Wraps what makes the keys (k_proj, or the norm after it) so that they are quantized before the rotary embedding."""
+
+    def __init__(self, inner: nn.Module, site: Site, head_dim: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.site = site
+        self.head_dim = head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the inner module's output [B, T, heads * head_dim] or [B, T, heads, head_dim], through the site."""
+        y = self.inner(x)
+        heads = y.reshape(*y.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return self.site(heads).transpose(1, 2).reshape(y.shape)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Run transformers' sdpa attention after R3 on the queries [B, heads, T, head_dim], if the module asks for it.
+
+    The keys got the same rotation when they entered the cache, so the products are those of the unrotated model.
+    """
+    if getattr(module, "rotate_queries", False):
+        query = hadamard_transform(query)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="prefixquant"` known to transformers.
+
+    The mask function must be registered under the same name: without it transformers passes no mask at all, and every
+    forward behind a prefix is wrong.
+    """
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)

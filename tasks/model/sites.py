@@ -1,0 +1,109 @@
+"""The quantization sites of a block: their names, where they sit, and how they are put there."""
+
+from dataclasses import dataclass
+
+from prefixquant.kernels.hadamard import has_hadamard
+from prefixquant.tasks.errors import UnsupportedModelError
+from prefixquant.tasks.model.families import ModelFamily
+from prefixquant.tasks.model.modules import KeySiteBeforeRope, Site, SiteLinear, SiteNorm
+from prefixquant.tasks.model.quantizer import SiteQuantizer
+from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, QuantizeConfig
+from torch import nn
+from transformers import PretrainedConfig
+
+ATTENTION_INPUT, KEYS, VALUES, O_INPUT, MLP_INPUT, DOWN_INPUT = (
+    "attention_input",
+    "keys",
+    "values",
+    "o_input",
+    "mlp_input",
+    "down_input",
+)
+ACTIVATION_SITES = (ATTENTION_INPUT, O_INPUT, MLP_INPUT, DOWN_INPUT)
+ALL_SITES = (ATTENTION_INPUT, KEYS, VALUES, O_INPUT, MLP_INPUT, DOWN_INPUT)
+"""In the order data flows through them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlineTransforms:
+    """Hadamard transforms done at run time."""
+
+    r3: bool
+    """On queries and keys after the rotary embedding."""
+
+    r4: bool
+    """On down_proj's input."""
+
+
+def install_sites(
+    layer: nn.Module,
+    config: PretrainedConfig,
+    family: ModelFamily,
+    *,
+    transforms: OnlineTransforms,
+    quantize: QuantizeConfig | None,
+) -> None:
+    """Replace a block's norms and linears by those with sites, in place."""
+    quantize = quantize or QuantizeConfig(weights=None, activations=None, keys=None, values=None)
+
+    def activation_site(channels: int) -> Site:
+        return Site(_quantizer(quantize.activations, channels))
+
+    for norm in (family.norm1, family.norm2):
+        old = layer.get_submodule(norm)
+        new = SiteNorm(old.weight.data, config.rms_norm_eps, activation_site(config.hidden_size))
+        layer.set_submodule(norm, new)
+    for name in family.linears:
+        old = layer.get_submodule(name)
+        site = activation_site(old.in_features) if name in (family.o, family.down) else None
+        bias = None if old.bias is None else old.bias.data
+        hadamard = transforms.r4 and name == family.down
+        layer.set_submodule(name, SiteLinear(old.weight.data, bias, site=site, hadamard=hadamard))
+
+    attention = layer.get_submodule(family.attention)
+    heads, head_dim = config.num_key_value_heads, head_size(config)
+    attention.rotate_queries = transforms.r3
+    attention.value_site = Site(_quantizer(quantize.values, head_dim, heads))
+    if quantize.keys is not None and quantize.keys.before_rope:
+        site = Site(_quantizer(quantize.keys, head_dim, heads))
+        source = family.key_norm or family.k
+        layer.set_submodule(source, KeySiteBeforeRope(layer.get_submodule(source), site, head_dim))
+        attention.key_site = Site(None)
+    else:
+        attention.key_site = Site(_quantizer(quantize.keys, head_dim, heads))
+
+
+def _quantizer(
+    spec: ActivationSpec | KeyValueSpec | None, channels: int, heads: int | None = None
+) -> SiteQuantizer | None:
+    return None if spec is None else SiteQuantizer(spec, channels, heads)
+
+
+def sites_of(layer: nn.Module, family: ModelFamily) -> dict[str, Site]:
+    """Return a block's sites by name, in the order data flows through them."""
+    attention = layer.get_submodule(family.attention)
+    source = layer.get_submodule(family.key_norm or family.k)
+    return {
+        ATTENTION_INPUT: layer.get_submodule(family.norm1).site,
+        KEYS: source.site if isinstance(source, KeySiteBeforeRope) else attention.key_site,
+        VALUES: attention.value_site,
+        O_INPUT: layer.get_submodule(family.o).site,
+        MLP_INPUT: layer.get_submodule(family.norm2).site,
+        DOWN_INPUT: layer.get_submodule(family.down).site,
+    }
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Return the channels of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def check_transforms(config: PretrainedConfig, transforms: OnlineTransforms) -> None:
+    """Raise UnsupportedModelError when an online Hadamard has no matrix for the model's sizes."""
+    wanted = {
+        "rotate.r3": (transforms.r3, "head_dim", head_size(config)),
+        "rotate.r4": (transforms.r4, "intermediate_size", config.intermediate_size),
+    }
+    for key, (on, what, size) in wanted.items():
+        if on and not has_hadamard(size):
+            raise UnsupportedModelError(f"{key}: no Hadamard matrix of order {size} ({what}) is known; set {key}=false")
