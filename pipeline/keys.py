@@ -24,8 +24,16 @@ def node_key(task: str, version: int, config: object, inputs: Mapping[str, str |
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def outside_key() -> dict[str, bool]:
+    """Return the metadata of a config field that says where to find something, not what it is: no part of the key."""
+    return {"in_key": False}
+
+
 def plain_config(config: object) -> Any:
-    """Return the config as nested dicts, lists and JSON scalars. Raises ConfigError naming the field that is not."""
+    """Return the config as nested dicts, lists and JSON scalars, without fields outside the key.
+
+    Raises ConfigError naming the field that is none of these.
+    """
     return _plain(config, type(config).__name__)
 
 
@@ -42,7 +50,8 @@ def flatten(value: object, prefix: str = "") -> dict[str, Any]:
 
 def _plain(value: object, where: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+        fields = [each for each in dataclasses.fields(value) if each.metadata.get("in_key", True)]
+        return {each.name: _plain(getattr(value, each.name), f"{where}.{each.name}") for each in fields}
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
             raise ConfigError(f"{where} has names that are not text: {list(value)}; an artifact key is made of JSON")

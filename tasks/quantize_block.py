@@ -10,7 +10,7 @@ from prefixquant.tasks.calibrate import Ranges
 from prefixquant.tasks.errors import NumericalError
 from prefixquant.tasks.model.block import Block, Prefix
 from prefixquant.tasks.model.modules import Site
-from prefixquant.tasks.model.quantizer import quantize, weight_groups, weight_scale
+from prefixquant.tasks.model.quantizer import QuantizedWeight, round_to_nearest
 from prefixquant.tasks.model.spec import WeightSpec
 from prefixquant.tasks.search import (
     SearchConfig,
@@ -23,32 +23,6 @@ from prefixquant.tasks.search import (
     squared_error,
 )
 from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedWeight:
-    """Integer weight of one linear: near scale * (codes - zero_point) over the groups that share a scale."""
-
-    codes: Tensor
-    """[O, I] int16, within the bits' range."""
-
-    scale: Tensor
-    """[R, G, 1] float32; R = O and G = 1 for one scale an output channel."""
-
-    zero_point: Tensor
-    """[R, G, 1] float32, whole numbers; zeros if symmetric."""
-
-    def dequantize(self, spec: WeightSpec) -> Tensor:
-        """Return the weight [O, I], float32."""
-        groups = weight_groups(self.codes.float(), spec)
-        return ((groups - self.zero_point) * self.scale).reshape(self.codes.shape)
-
-
-def round_to_nearest(weight_OI: Tensor, spec: WeightSpec, ratio: Tensor | float) -> QuantizedWeight:
-    """Return the weight rounded to the nearest codes of a grid over `ratio` ([R, G, 1] or a number) of its range."""
-    scale, zero_point = weight_scale(weight_OI, spec, ratio)
-    codes = quantize(weight_groups(weight_OI.float(), spec), scale, zero_point, spec.bits, spec.symmetric)
-    return QuantizedWeight(codes.reshape(weight_OI.shape).to(torch.int16), scale, zero_point)
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,29 +132,28 @@ def rotate_block(
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """What lies outside the blocks: embedding [vocab, hidden] and head [vocab, hidden] (gain of the final norm folded)."""
+    """What lies outside the blocks."""
 
     embedding: Tensor
+    """[vocab, hidden]"""
+
+    gain: Tensor
+    """[hidden], of the final norm."""
+
     head: Tensor
+    """[vocab, hidden]"""
 
 
 def rotate_ends(
-    embedding: Tensor,
-    final_gain: Tensor,
-    head: Tensor,
-    config: RotateConfig,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    rows: int = 8192,
+    ends: Ends, config: RotateConfig, *, dtype: torch.dtype, device: torch.device, rows: int = 8192
 ) -> Ends:
     """Return embedding and head on the rotated stream, in `dtype`, on the CPU; `rows` vocabulary entries at a time.
 
-    Tied embeddings come in twice and leave untied: the head alone takes the final norm's gain.
+    The final norm's gain is folded into the head. Tied embeddings leave untied: the head alone takes the gain.
     """
-    check_finite([("embedding", embedding), ("final norm", final_gain), ("head", head)], "model ends")
-    r1 = None if config.r1 is None else _residual_rotation(config.r1, embedding.shape[1], config.seed)
-    gain = final_gain.to(device=device, dtype=torch.float64)
+    check_finite([("embedding", ends.embedding), ("final norm", ends.gain), ("head", ends.head)], "model ends")
+    r1 = None if config.r1 is None else _residual_rotation(config.r1, ends.embedding.shape[1], config.seed)
+    gain = ends.gain.to(device=device, dtype=torch.float64)
 
     def rotated(matrix: Tensor, scale: Tensor | None) -> Tensor:
         result = torch.empty(matrix.shape, dtype=dtype)
@@ -164,4 +163,4 @@ def rotate_ends(
             result[start : start + rows] = (part if r1 is None else r1.right(part)).to(device="cpu", dtype=dtype)
         return result
 
-    return Ends(embedding=rotated(embedding, None), head=rotated(head, gain))
+    return Ends(rotated(ends.embedding, None), torch.ones_like(ends.gain, dtype=dtype), rotated(ends.head, gain))

@@ -32,6 +32,22 @@ def single_block_config(config: PretrainedConfig, block: int) -> PretrainedConfi
     return single
 
 
+def block_shapes(config: PretrainedConfig, block: int) -> dict[str, torch.Size]:
+    """Return the shape of every weight of a block, by block-relative name."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(single_block_config(config, block))
+    return {name: tensor.shape for name, tensor in model.layers[0].state_dict().items()}
+
+
+def load_sites(sites: Mapping[str, Site], parameters: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Fix the grids of sites to stored `scale` and `zero_point`, or `clip_ratio`, in place."""
+    for name, site in sites.items():
+        if site.quantizer is not None:
+            device = next(site.quantizer.buffers()).device
+            stored = {key: tensor.to(device) for key, tensor in parameters[name].items()}
+            site.quantizer.load_state_dict(stored, assign=True)
+
+
 class Block(nn.Module):
     """A decoder block with quantization sites, taking hidden states to hidden states behind the prefix."""
 

@@ -4,6 +4,7 @@ tokens, T tokens, C head channels."""
 from typing import Any
 
 from prefixquant.kernels.hadamard import hadamard_transform
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
@@ -36,3 +37,38 @@ def prefix_cache(attentions: list[nn.Module], prefix: tuple[Tensor, Tensor] | No
         own = None if prefix is None else (prefix[0][index], prefix[1][index])
         layers.append(PrefixLayer(attention, own, batch_size))
     return Cache(layers=layers)
+
+
+def attach_prefix(base: nn.Module, attentions: list[nn.Module], prefix: tuple[Tensor, Tensor] | None) -> None:
+    """Make a base model (the one without head) start every forward without a cache behind the prefix.
+
+    A 2-d attention mask is extended over the prefix. A cache given by the caller must come from `prefix_cache_for`.
+    """
+
+    def start_behind_prefix(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = kwargs.get("past_key_values")
+        if given is not None:
+            if not all(isinstance(layer, PrefixLayer) for layer in given.layers) or not given.layers:
+                raise ValueError(
+                    "this model's KV cache quantizes what enters and starts with the prefix; "
+                    "pass past_key_values=prefix_cache_for(model, batch_size), or none"
+                )
+            return args, kwargs
+        tokens = args[0] if args else kwargs.get("input_ids")
+        batch = len(tokens if tokens is not None else kwargs["inputs_embeds"])
+        kwargs |= {"past_key_values": prefix_cache(attentions, prefix, batch), "use_cache": True}
+        mask = kwargs.get("attention_mask")
+        if prefix is not None and mask is not None and mask.dim() == 2:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, prefix[0].shape[2]), mask], dim=1)
+        return args, kwargs
+
+    base.new_prefix_cache = lambda batch_size: prefix_cache(attentions, prefix, batch_size)
+    base.register_forward_pre_hook(start_behind_prefix, with_kwargs=True)
+
+
+def prefix_cache_for(model: Any, batch_size: int) -> Cache:
+    """Return a fresh cache of a model from `load_quantized`, holding the prefix.
+
+    For `generate`, which expects the ids of what is in the cache: put the prefix's token ids in front of the prompt.
+    """
+    return model.base_model.new_prefix_cache(batch_size)

@@ -55,6 +55,10 @@ class Checkpoint(ABC):
         prefix = family.block_prefix(block)
         return {name.removeprefix(prefix): self.read(name) for name in self.tensors if name.startswith(prefix)}
 
+    def dtype(self, choice: str) -> torch.dtype:
+        """Return the type in which blocks are kept: `auto` is the checkpoint's own, else a torch type by name."""
+        return self.default_dtype if choice == "auto" else getattr(torch, choice)
+
     def has_head(self, family: ModelFamily) -> bool:
         """Return whether the head has weights of its own (not tied to the embedding)."""
         return f"{family.head}.weight" in self.tensors

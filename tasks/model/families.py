@@ -37,6 +37,9 @@ class ModelFamily:
     key_norm: str | None = None
     """Norm of each key head between k_proj and the rotary embedding, if the family has one."""
 
+    eos_serves_as_bos: bool = False
+    """The tokenizers of this family have no BOS token; the end-of-text token starts a sequence."""
+
     gguf_rotary_pairs: bool = False
     """GGUF files of this family store the rows of q and k as interleaved rotary pairs."""
 
@@ -62,7 +65,7 @@ class ModelFamily:
 
 LLAMA = ModelFamily(architecture="LlamaForCausalLM", model_type="llama", gguf_rotary_pairs=True)
 MISTRAL = replace(LLAMA, architecture="MistralForCausalLM", model_type="mistral")
-QWEN2 = ModelFamily(architecture="Qwen2ForCausalLM", model_type="qwen2")
+QWEN2 = ModelFamily(architecture="Qwen2ForCausalLM", model_type="qwen2", eos_serves_as_bos=True)
 QWEN3 = replace(QWEN2, architecture="Qwen3ForCausalLM", model_type="qwen3", key_norm="self_attn.k_norm")
 
 FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}

@@ -35,9 +35,9 @@ class Site(nn.Module):
 
 
 class SiteNorm(nn.Module):
-    """RMSNorm whose output is a quantization site shared by the linears that read it."""
+    """RMSNorm whose output may be a quantization site, shared by the linears that read it."""
 
-    def __init__(self, weight: Tensor, eps: float, site: Site) -> None:
+    def __init__(self, weight: Tensor, eps: float, site: Site | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.eps = eps
@@ -47,7 +47,8 @@ class SiteNorm(nn.Module):
         """Return x / rms(x) * weight, then through the site; the mean square is taken in float32."""
         x = x_BTD.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return self.site(self.weight * x.to(x_BTD.dtype))
+        x = self.weight * x.to(x_BTD.dtype)
+        return x if self.site is None else self.site(x)
 
 
 class SiteLinear(nn.Module):

@@ -4,6 +4,8 @@ A scale multiplies codes: x is near scale * (code - zero_point). Symmetric b-bit
 zero point 0, asymmetric ones in [0, 2^b-1].
 """
 
+from dataclasses import dataclass
+
 import torch
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, WeightSpec
@@ -131,3 +133,29 @@ def weight_scale(weight: Tensor, spec: WeightSpec, ratio: float | Tensor = 1.0) 
     groups = weight_groups(weight.float(), spec)
     low, high = groups.amin(-1, keepdim=True) * ratio, groups.amax(-1, keepdim=True) * ratio
     return scale_from_range(low, high, spec.bits, spec.symmetric)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """Integer weight of one linear: near scale * (codes - zero_point) over the groups that share a scale."""
+
+    codes: Tensor
+    """[O, I] int16, within the bits' range."""
+
+    scale: Tensor
+    """[R, G, 1] float32; R = O and G = 1 for one scale an output channel."""
+
+    zero_point: Tensor
+    """[R, G, 1] float32, whole numbers; zeros if symmetric."""
+
+    def dequantize(self, spec: WeightSpec) -> Tensor:
+        """Return the weight [O, I], float32."""
+        groups = weight_groups(self.codes.float(), spec)
+        return ((groups - self.zero_point) * self.scale).reshape(self.codes.shape)
+
+
+def round_to_nearest(weight_OI: Tensor, spec: WeightSpec, ratio: Tensor | float) -> QuantizedWeight:
+    """Return the weight rounded to the nearest codes of a grid over `ratio` ([R, G, 1] or a number) of its range."""
+    scale, zero_point = weight_scale(weight_OI, spec, ratio)
+    codes = quantize(weight_groups(weight_OI.float(), spec), scale, zero_point, spec.bits, spec.symmetric)
+    return QuantizedWeight(codes.reshape(weight_OI.shape).to(torch.int16), scale, zero_point)

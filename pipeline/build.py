@@ -1,0 +1,291 @@
+"""From a recipe and a model to the graph of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prefixquant.pipeline.estimates import Shape, estimate
+from prefixquant.pipeline.graph import Graph, Node, Resources
+from prefixquant.pipeline.recipe import Recipe
+from prefixquant.pipeline.report import REPORT, ReportNode
+from prefixquant.pipeline.stages import (
+    BLOCK,
+    CALIBRATE,
+    EVALUATE,
+    EXPORT,
+    LOAD,
+    PREFIX,
+    ROTATE,
+    STREAM,
+    TOKENS,
+    BlockNode,
+    CalibrateNode,
+    EvaluateNode,
+    ExportNode,
+    LoadNode,
+    PrefixNode,
+    RotateNode,
+    StreamNode,
+    TokensNode,
+)
+from prefixquant.tasks.errors import ConfigError, UnsupportedModelError
+from prefixquant.tasks.find_prefix import FindPrefixConfig
+from prefixquant.tasks.load import LoadedModel
+from prefixquant.tasks.model.sites import OnlineTransforms, check_transforms, head_size
+from prefixquant.tasks.model.spec import KeyValueSpec, QuantizeConfig
+from prefixquant.tasks.texts import TextConfig, source_fingerprint
+
+COMPUTE = Resources(gpus=1, cpus=1)
+"""Of the tasks that pass data through blocks."""
+
+WITHOUT_PREFIX = "/without_prefix"
+"""Ends the names of the nodes that quantize once more without the prefix."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A model at hand."""
+
+    path: Path
+    fingerprint: str
+
+
+def load_node(source: Source) -> Node:
+    """Return the node that looks the checkpoint over."""
+    return Node(name="load", task=LOAD, config=LoadNode(fingerprint=source.fingerprint, path=str(source.path)))
+
+
+def build_graph(recipe: Recipe, source: Source, model: LoadedModel) -> Graph:
+    """Return the graph of a run; its targets are `targets(recipe)`.
+
+    Raises:
+        ConfigError, UnsupportedModelError: recipe and model do not go together.
+        DataError: a text's file is missing.
+    """
+    check_fit(recipe, model)
+    graph = Graph(_Builder(recipe, source, model).nodes())
+    graph.check()
+    return graph
+
+
+def targets(recipe: Recipe) -> tuple[str, ...]:
+    """Return the names of the nodes that a run is for."""
+    return ("export", "report")
+
+
+def check_fit(recipe: Recipe, model: LoadedModel) -> None:
+    """Raise ConfigError or UnsupportedModelError where the recipe asks for what the model's sizes do not allow."""
+    if recipe.train is not None:
+        raise ConfigError("train: block training is not part of this version; set train=off")
+    config, quantize = model.config, recipe.quantize
+    check_transforms(config, _transforms(recipe))
+    sizes = {
+        "quantize.weights": (quantize.weights, (config.hidden_size, config.intermediate_size)),
+        "quantize.activations": (quantize.activations, (config.hidden_size, config.intermediate_size)),
+        "quantize.keys": (quantize.keys, (head_size(config),)),
+        "quantize.values": (quantize.values, (head_size(config),)),
+    }
+    for key, (spec, dimensions) in sizes.items():
+        for dimension in dimensions:
+            if spec is not None and spec.group_size is not None and dimension % spec.group_size:
+                raise ConfigError(f"{key}.group_size {spec.group_size} does not divide the model's {dimension}")
+    if recipe.prefix.tokens is None and model.bos_token_id is None:
+        raise UnsupportedModelError(
+            "prefix: the tokenizer has no BOS token, with which a searched prefix ends; "
+            "name the prefix yourself with prefix.tokens=[...], or prefix.tokens=[] for none"
+        )
+    for token in recipe.prefix.tokens or ():
+        if token >= config.vocab_size:
+            raise ConfigError(f"prefix.tokens: token {token} is outside the vocabulary of {config.vocab_size}")
+
+
+def _transforms(recipe: Recipe) -> OnlineTransforms:
+    return OnlineTransforms(r3=recipe.rotate.r3, r4=recipe.rotate.r4)
+
+
+class _Builder:
+    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel) -> None:
+        self.recipe, self.model = recipe, model
+        self.path = str(source.path)
+        self.source = source
+        self.dtype = model.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
+        self.transforms = _transforms(recipe)
+        self.shape = Shape.of(model, self.dtype, recipe)
+        self.rotated = tuple(f"rotate[{block}]" for block in range(model.num_blocks))
+
+    def nodes(self) -> list[Node]:
+        """Return all nodes, in the order in which ready ones should start."""
+        recipe = self.recipe
+        found = [load_node(self.source), *self._tokens(), *self._rotate()]
+        found += self._quantized(recipe.prefix, "")
+        found.append(self._export())
+        evaluated = []
+        if recipe.evaluate.full_precision:
+            evaluated += self._evaluate("full_precision", "")
+        evaluated += self._evaluate("quantized", "")
+        if recipe.evaluate.without_prefix:
+            found += self._quantized(FindPrefixConfig(tokens=()), WITHOUT_PREFIX)
+            evaluated += self._evaluate("quantized", WITHOUT_PREFIX)
+        return [*found, *evaluated, self._report(evaluated)]
+
+    def _node(self, **fields: object) -> Node:
+        node = Node(**fields)  # type: ignore[arg-type]
+        return replace(node, estimate=estimate(node, self.shape))
+
+    def _tokens(self) -> list[Node]:
+        recipe = self.recipe
+        calibration = recipe.calibration_text
+        wanted = [
+            ("tokens[statistics]", calibration, recipe.statistics_windows, "data.statistics"),
+            ("tokens[search]", calibration, recipe.search_windows, "data.search"),
+        ]
+        wanted += [(f"tokens[{t.source}]", t, recipe.perplexity, "evaluate") for t in recipe.evaluation_texts]
+        fingerprints = {text: source_fingerprint(text) for _, text, _, _ in wanted}
+        return [
+            self._node(
+                name=name,
+                task=TOKENS,
+                config=TokensNode(
+                    fingerprint=fingerprints[text],
+                    windows=windows,
+                    where=where,
+                    text=_absolute(text),
+                    split=text.split,
+                ),
+                inputs={"load": "load"},
+            )
+            for name, text, windows, where in wanted
+        ]
+
+    def _rotate(self) -> list[Node]:
+        blocks: list[int | None] = [None, *range(self.model.num_blocks)]
+        return [
+            self._node(
+                name="rotate[ends]" if block is None else f"rotate[{block}]",
+                task=ROTATE,
+                config=RotateNode(rotate=self.recipe.rotate, dtype=self.dtype, block=block, path=self.path),
+                inputs={"load": "load"},
+                resources=COMPUTE,
+            )
+            for block in blocks
+        ]
+
+    def _quantized(self, find: FindPrefixConfig, suffix: str) -> list[Node]:
+        """Return prefix, calibration, streams and blocks, their names ending in `suffix`."""
+        recipe, transforms = self.recipe, self.transforms
+        prefix = f"prefix{suffix}"
+        model = {"load": "load", "ends": "rotate[ends]"}
+        searches = find.tokens is None
+        found = [
+            self._node(
+                name=prefix,
+                task=PREFIX,
+                config=PrefixNode(find=find, transforms=transforms),
+                inputs={
+                    **model,
+                    "blocks": self.rotated,
+                    **({"windows": "tokens[statistics]"} if searches else {}),
+                },
+                resources=COMPUTE,
+            ),
+            self._node(
+                name=f"calibrate{suffix}",
+                task=CALIBRATE,
+                config=CalibrateNode(
+                    calibrate=recipe.calibrate, transforms=transforms, quantize=_observed(recipe.quantize)
+                ),
+                inputs={**model, "blocks": self.rotated, "prefix": prefix, "windows": "tokens[statistics]"},
+                resources=COMPUTE,
+            ),
+        ]
+        for block in range(self.model.num_blocks):
+            first = {"ends": "rotate[ends]", "windows": "tokens[search]"}
+            later = {"block": f"rotate[{block - 1}]", "prefix": prefix, "stream": f"stream[{block - 1}]{suffix}"}
+            found.append(
+                self._node(
+                    name=f"stream[{block}]{suffix}",
+                    task=STREAM,
+                    config=StreamNode(block=block, transforms=transforms),
+                    inputs={"load": "load", **(later if block else first)},
+                    resources=COMPUTE,
+                )
+            )
+            found.append(
+                self._node(
+                    name=f"block[{block}]{suffix}",
+                    task=BLOCK,
+                    config=BlockNode(
+                        block=block, transforms=transforms, quantize=recipe.quantize, search=recipe.search
+                    ),
+                    inputs={
+                        "load": "load",
+                        "block": f"rotate[{block}]",
+                        "prefix": prefix,
+                        "ranges": f"calibrate{suffix}",
+                        "stream": f"stream[{block}]{suffix}",
+                    },
+                    resources=COMPUTE,
+                )
+            )
+        return found
+
+    def _blocks(self, suffix: str) -> tuple[str, ...]:
+        return tuple(f"block[{block}]{suffix}" for block in range(self.model.num_blocks))
+
+    def _export(self) -> Node:
+        return self._node(
+            name="export",
+            task=EXPORT,
+            config=ExportNode(
+                profile=self.recipe.export.profile,
+                quantize=self.recipe.quantize,
+                transforms=self.transforms,
+                dtype=self.dtype,
+            ),
+            inputs={"load": "load", "ends": "rotate[ends]", "prefix": "prefix", "blocks": self._blocks("")},
+        )
+
+    def _evaluate(self, variant: str, suffix: str) -> list[Node]:
+        quantized = variant == "quantized"
+        of_variant: Mapping[str, str | tuple[str, ...]] = (
+            {"ends": "rotate[ends]", "prefix": f"prefix{suffix}", "blocks": self._blocks(suffix)} if quantized else {}
+        )
+        return [
+            self._node(
+                name=f"evaluate[{variant},{text}]{suffix}",
+                task=EVALUATE,
+                config=EvaluateNode(
+                    variant=variant,  # type: ignore[arg-type]
+                    transforms=self.transforms if quantized else None,
+                    quantize=self.recipe.quantize if quantized else None,
+                    dtype=self.dtype,
+                    path=self.path,
+                ),
+                inputs={"load": "load", "windows": f"tokens[{text}]", **of_variant},
+                resources=COMPUTE,
+            )
+            for text in self.recipe.evaluate.texts
+        ]
+
+    def _report(self, evaluated: list[Node]) -> Node:
+        inputs: dict[str, str | tuple[str, ...]] = {"prefix": "prefix", "blocks": self._blocks("")}
+        inputs |= {node.name: node.name for node in evaluated}
+        return self._node(
+            name="report",
+            task=REPORT,
+            config=ReportNode(name=self.recipe.name, texts=self.recipe.evaluate.texts),
+            inputs=inputs,
+        )
+
+
+def _absolute(text: TextConfig) -> TextConfig:
+    """Workers run in a folder of their own."""
+    path = Path(text.source)
+    return replace(text, source=str(path.absolute())) if path.is_file() else text
+
+
+def _observed(quantize: QuantizeConfig) -> QuantizeConfig:
+    """Return what of the quantization decides the statistics: only where the keys' site sits."""
+    before_rope = quantize.keys is not None and quantize.keys.before_rope
+    keys = KeyValueSpec(before_rope=True) if before_rope else None
+    return QuantizeConfig(weights=None, activations=None, values=None, keys=keys)

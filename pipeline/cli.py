@@ -1,0 +1,240 @@
+"""The command `prefixquant`. Results go to stdout, progress and messages to stderr; exit status 0 done, 1 a task failed,
+2 the input is wrong."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from prefixquant.cluster.errors import ArtifactError
+from prefixquant.tasks.errors import ConfigError, PrefixQuantError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize causal language models to 4-bit weights, activations and KV cache with static scales.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to replace.")]
+StoreOption = Annotated[
+    str, typer.Option("--store", envvar="PREFIXQUANT_STORE", help="Folder or URL of the artifact store.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+DEFAULT_STORE = "prefixquant-store"
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    store: StoreOption = DEFAULT_STORE,
+    out: Annotated[Path | None, typer.Option(help="Folder that gets the loadable model.")] = None,
+    tracking: Annotated[
+        str | None,
+        typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow URI, or `off`. Default: a SQLite file in the store."),
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use. Default: a local one.")] = None,
+    cpus: Annotated[int | None, typer.Option(help="Cores of the local cluster. Default: all.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the local cluster. Default: all.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build what is missing, track it in MLflow, and write the quantized model."""
+    from prefixquant.pipeline.recipe import load_recipe
+    from prefixquant.pipeline.run import RunOptions, run_recipe
+
+    options = RunOptions(
+        store=store, out=out, tracking=tracking, address=address, cpus=cpus, gpus=gpus, quiet=quiet or as_json
+    )
+    summary = run_recipe(load_recipe(recipe, overrides or ()), options)
+    for failure in summary.tracking_failures:
+        _say(f"tracking: {failure}")
+    if as_json:
+        print(json.dumps(summary.to_json()))
+        return
+    _show_result(summary.record)
+    console = Console()
+    console.print(
+        f"run {summary.run_id}: {summary.tasks_run} tasks run, {summary.tasks_cached} cached, {summary.seconds:.1f} s",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if summary.out:
+        console.print(f"model: {summary.out}", soft_wrap=True, highlight=False)
+    if summary.mlflow_url:
+        console.print(f"MLflow: {summary.mlflow_url}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show every task, whether it will run and why, and what it is expected to cost. Runs nothing."""
+    from prefixquant.pipeline.recipe import load_recipe
+    from prefixquant.pipeline.run import plan_recipe
+
+    _, planned = plan_recipe(load_recipe(recipe, overrides or ()), store)
+    rows = [
+        {
+            "task": entry.node.name,
+            "state": entry.state,
+            "reason": entry.reason,
+            "key": entry.key,
+            "seconds": entry.node.estimate.seconds if entry.node.estimate else None,
+            "host_bytes": entry.node.estimate.host_bytes if entry.node.estimate else None,
+            "stored_bytes": entry.node.estimate.stored_bytes if entry.node.estimate else None,
+        }
+        for entry in planned.entries
+    ]
+    total = planned.total
+    if as_json:
+        summary = {"seconds": total.seconds, "host_bytes": total.host_bytes, "stored_bytes": total.stored_bytes}
+        print(json.dumps({"tasks": rows, "total": summary}))
+        return
+    table = Table("task", "will", "why", "est. s", "est. GB")
+    for entry in planned.entries:
+        cost = entry.node.estimate
+        shown = cost is not None and entry.state == "run"
+        table.add_row(
+            escape(entry.node.name),
+            entry.state,
+            escape(entry.reason),
+            f"{cost.seconds:.1f}" if cost is not None and shown else "",
+            f"{cost.host_bytes / 1e9:.1f}" if cost is not None and shown else "",
+        )
+    Console().print(table)
+    print(
+        f"{len(planned.names('run'))} to run, {len(planned.names('cached'))} cached; estimated for one CPU core: "
+        f"{total.seconds:.0f} s of work, {total.host_bytes / 1e9:.1f} GB at most in a task, "
+        f"{total.stored_bytes / 1e9:.2f} GB stored"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder (ours or any Hugging Face one), hub id or .gguf file.")],
+    text: Annotated[str | None, typer.Option("--text", help="A .txt, .jsonl or .parquet file.")] = None,
+    named: Annotated[str | None, typer.Option("--set", help="A named set: wikitext2, c4, python-docs, ...")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the perplexity of a saved model, held in memory whole."""
+    from prefixquant.pipeline.evaluation import evaluate_model
+
+    if (text is None) == (named is None):
+        raise ConfigError("eval needs either --text FILE or --set NAME")
+    found = evaluate_model(model, str(text or named), window=window, max_windows=windows, device=device)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(f"perplexity {found['ppl']:.4f} over {found['tokens']} tokens in {found['windows']} windows of {window}")
+
+
+@app.command()
+def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+    """List the runs that the store knows."""
+    from prefixquant.pipeline.inspect import list_run_records
+
+    records = list_run_records(store)
+    if as_json:
+        print(json.dumps({"runs": records}))
+        return
+    table = Table("run", "status", "updated", "perplexity")
+    for record in records:
+        ppl = ", ".join(f"{m['model']} {m['ppl']:.2f}" for m in record["ppl"])
+        table.add_row(escape(record["run_id"]), record["status"], record["updated"], ppl)
+    Console().print(table)
+
+
+@app.command()
+def show(
+    key: Annotated[str, typer.Argument(help="A run, or an artifact key or the beginning of one.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Print what the store holds of a run or an artifact, as JSON."""
+    from prefixquant.pipeline.inspect import describe
+
+    print(json.dumps(describe(store, key), indent=2))
+
+
+@app.command()
+def gc(
+    store: StoreOption = DEFAULT_STORE,
+    forget: Annotated[list[str] | None, typer.Option(help="Runs to forget first; their artifacts become free.")] = None,
+    min_age: Annotated[float, typer.Option(help="Leave what is younger, in minutes.")] = 60.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what no run refers to, and only that."""
+    from prefixquant.pipeline.inspect import collect
+
+    report = collect(store, forget or [], min_age_s=60 * min_age, dry_run=dry_run)
+    if as_json:
+        print(json.dumps(report))
+        return
+    verb = "would remove" if dry_run else "removed"
+    print(
+        f"{verb} {report['artifacts']} artifacts and {report['leftovers']} leftovers, "
+        f"{report['freed_bytes'] / 1e6:.1f} MB; kept {report['kept']} artifacts"
+    )
+
+
+def _show_result(record: dict[str, Any]) -> None:
+    console = Console()
+    prefix = record["prefix"]
+    pairs = zip(prefix["tokens"], prefix["token_ids"], strict=True)
+    shown = ", ".join(f"{token!r} ({index})" for token, index in pairs) or "none"
+    console.print(f"prefix: {shown}", soft_wrap=True, highlight=False, markup=False)
+    if not record["perplexity"]:
+        return
+    table = Table("model", "text", "perplexity", "tokens")
+    for each in record["perplexity"]:
+        table.add_row(each["model"], escape(each["text"]), f"{each['ppl']:.2f}", str(each["tokens"]))
+    console.print(table)
+    if any(each["text"] == "python-docs" for each in record["perplexity"]):
+        print("python-docs is a demonstration corpus (CPython's own documentation); do not compare with other texts.")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line; every expected error is one message and an exit status."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress is enough
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        _say("interrupted; finished tasks are stored, and the same command goes on from them")
+        sys.exit(1)
+    except (PrefixQuantError, ArtifactError, ConnectionError) as err:
+        _say(f"error: {err}")
+        sys.exit(_status(err))
+    except Exception as err:
+        if hasattr(err, "format_message"):  # click's usage errors
+            _say(f"error: {err.format_message()}")
+            sys.exit(2)
+        raise
+
+
+def _status(err: Exception) -> int:
+    from prefixquant.pipeline.run import RunFailed
+
+    return 1 if isinstance(err, RunFailed) else 2

@@ -1,0 +1,333 @@
+"""One run of a recipe: source, graph, plan, execution, tracking, output folder."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prefixquant.cluster.ray_session import RaySession, connect
+from prefixquant.cluster.store import ArtifactError, ArtifactStore
+from prefixquant.pipeline.artifacts import load_artifact
+from prefixquant.pipeline.build import Source, build_graph, load_node, targets
+from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.materialize import check_output, materialize
+from prefixquant.pipeline.plan import Plan, make_plan
+from prefixquant.pipeline.progress import make_progress
+from prefixquant.pipeline.recipe import Recipe
+from prefixquant.pipeline.runner import Event, NodeFailure, RunResult, execute
+from prefixquant.pipeline.source import resolve_source, source_fingerprint
+from prefixquant.pipeline.tracking import Tracker, flatten
+from prefixquant.tasks.errors import ConfigError, PrefixQuantError
+from prefixquant.tasks.load import LoadedModel, load_model
+
+EXPERIMENT = "prefixquant"
+
+
+class RunFailed(PrefixQuantError):
+    """A task failed or the run was interrupted; what is finished is stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """Where a run takes place; nothing of it enters an artifact's key."""
+
+    store: str
+    out: Path | None = None
+    tracking: str | None = None
+    """MLflow URI. None: a SQLite file beside a local store. "off": no tracking."""
+    address: str | None = None
+    """Of a Ray cluster; None starts a local one."""
+    cpus: int | None = None
+    gpus: int | None = None
+    quiet: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What a finished run says of itself."""
+
+    run_id: str
+    record: dict[str, Any]
+    """The report's record: prefix, blocks, perplexity."""
+    tasks_run: int
+    tasks_cached: int
+    seconds: float
+    out: str | None
+    mlflow_url: str | None
+    tracking_failures: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object `--json` prints."""
+        ppl = {(m["model"], m["text"]): m["ppl"] for m in self.record["perplexity"]}
+        first = next((text for _, text in ppl), None)
+        return {
+            "run_id": self.run_id,
+            "out": self.out,
+            "prefix_token_ids": self.record["prefix"]["token_ids"],
+            "ppl": ppl.get(("quantized", first)),
+            "ppl_full_precision": ppl.get(("full precision", first)),
+            "ppl_without_prefix": ppl.get(("quantized without prefix", first)),
+            "perplexity": self.record["perplexity"],
+            "tasks_run": self.tasks_run,
+            "tasks_cached": self.tasks_cached,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def prepare(recipe: Recipe) -> Source:
+    """Return the recipe's model, local and fingerprinted."""
+    path = resolve_source(recipe.model)
+    return Source(path=path, fingerprint=source_fingerprint(path))
+
+
+def open_store(url: str) -> ArtifactStore:
+    """Return the store after checking that it can be written.
+
+    Raises:
+        StoreUnwritable: it cannot.
+        ConfigError: workers could not see it.
+    """
+    if url.startswith("memory:"):
+        raise ConfigError(f"--store {url} lives in this process alone, workers cannot see it; give a folder or a URL")
+    store = ArtifactStore(url)
+    store.check_writable()
+    return store
+
+
+def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
+    """Return the graph of a recipe and what a run of it would do; starts nothing and writes nothing."""
+    source = prepare(recipe)
+    store = ArtifactStore(store_url)
+    alone = Graph([load_node(source)])
+    key = alone.key("load")
+    model = (
+        LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
+    )
+    graph = build_graph(recipe, source, model)
+    return graph, make_plan(graph, targets(recipe), store, _previous(store, recipe.name))
+
+
+def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
+    """Build what a recipe lacks, track it, and write the output folder.
+
+    Raises:
+        RunFailed: a task failed; independent tasks have finished and are stored.
+        PrefixQuantError, ArtifactError: recipe, model, text, store or output folder are wrong.
+    """
+    start = time.monotonic()
+    if recipe.train is not None:
+        raise ConfigError("train: block training is not part of this version; set train=off")
+    if options.out is not None:
+        check_output(options.out)
+    store = open_store(options.store)
+    source = prepare(recipe)
+    with _lazy_session(options) as session:
+        loading = Graph([load_node(source)])
+        if not store.has(loading.key("load")):
+            _require(execute(loading, ["load"], store, session(), on_event=_ignore))
+        model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
+        graph = build_graph(recipe, source, model)
+        run = _Tracked(recipe, graph, store, options)
+        plan = make_plan(graph, targets(recipe), store, _previous(store, recipe.name))
+        result = run.execute(plan, session)
+    record = load_artifact(store, graph.key("report")).record
+    if options.out is not None:
+        materialize(graph, store, options.out, model.num_blocks)
+    run.finish(record, result, time.monotonic() - start)
+    return RunSummary(
+        run_id=run.run_id,
+        record=record,
+        tasks_run=len(result.results) if result is not None else 0,
+        tasks_cached=len(plan.names("cached")),
+        seconds=time.monotonic() - start,
+        out=str(options.out) if options.out is not None else None,
+        mlflow_url=run.tracker.url_hint or None,
+        tracking_failures=tuple(run.tracker.failures),
+    )
+
+
+def _ignore(event: Event) -> None:
+    """Loading takes a moment and shows no progress."""
+
+
+@contextmanager
+def _lazy_session(options: RunOptions) -> Iterator[Callable[[], RaySession]]:
+    """Give a function that connects to Ray when first called: a run with nothing to do needs none."""
+    opened: list[AbstractContextManager[RaySession]] = []
+
+    def session() -> RaySession:
+        if not opened:
+            opened.append(connect(options.address, num_cpus=options.cpus, num_gpus=options.gpus))
+        return opened[0]  # type: ignore[return-value]
+
+    try:
+        yield session
+    finally:
+        for each in opened:
+            each.__exit__(None, None, None)
+
+
+def _require(result: RunResult) -> None:
+    if result.interrupted:
+        raise RunFailed("interrupted; finished tasks are stored, and the same command goes on from them")
+    if result.failures:
+        raise RunFailed("\n".join(str(failure) for failure in _roots(result.failures)))
+
+
+def _roots(failures: list[NodeFailure]) -> list[NodeFailure]:
+    return failures[:3]
+
+
+def _previous(store: ArtifactStore, name: str) -> dict[str, str]:
+    """Return node name -> key of the last run of a recipe of this name."""
+    found: list[tuple[float, dict[str, str]]] = []
+    for run_id in store.run_ids():
+        try:
+            record = store.read_ref(run_id)
+        except ArtifactError:
+            continue  # an unreadable record serves the plan's reasons only
+        if record.get("name") == name:
+            found.append((record.get("updated", 0.0), record.get("keys", {})))
+    return max(found, key=lambda pair: pair[0])[1] if found else {}
+
+
+class _Tracked:
+    """A run's record in the store and in MLflow."""
+
+    def __init__(self, recipe: Recipe, graph: Graph, store: ArtifactStore, options: RunOptions) -> None:
+        self.recipe, self.graph, self.store, self.options = recipe, graph, store, options
+        wanted = "".join(graph.key(name) for name in targets(recipe))
+        self.run_id = f"{recipe.name}-{hashlib.sha256(wanted.encode()).hexdigest()[:10]}"
+        self.tracker = Tracker()
+        known = self.store.read_ref(self.run_id) if self.run_id in self.store.run_ids() else {}
+        self.finished_before = known.get("status") == "finished"
+        self.mlflow_run_id: str | None = known.get("mlflow_run_id")
+        self.resumed = self.mlflow_run_id is not None
+
+    def execute(self, plan: Plan, session: Callable[[], RaySession]) -> RunResult | None:
+        """Run what the plan says and return the result, or None if nothing is to be done.
+
+        Raises:
+            RunFailed: a task failed or the run was interrupted.
+        """
+        self._write_ref("running")
+        something = any(entry.state in ("run", "yielded") for entry in plan.entries)
+        if something or not self.finished_before:
+            self._start_tracking()
+        if not something:
+            return None
+        result: RunResult | None = None
+        try:
+            with make_progress(self.options.quiet, plan) as progress:
+
+                def on_event(event: Event) -> None:
+                    progress(event)
+                    self._track(event)
+
+                result = execute(self.graph, targets(self.recipe), self.store, session(), on_event=on_event)
+            _require(result)
+        except BaseException:
+            interrupted = result is not None and result.interrupted
+            self._write_ref("interrupted" if interrupted else "failed")
+            self.tracker.finish("KILLED" if interrupted else "FAILED")
+            raise
+        return result
+
+    def _start_tracking(self) -> None:
+        uri = self.options.tracking or default_tracking(self.store)
+        if uri is None or uri == "off":
+            return
+        self.tracker = Tracker.start(
+            uri=uri,
+            experiment=EXPERIMENT,
+            run_name=self.recipe.name,
+            run_id=self.mlflow_run_id,
+            params=flatten(self.recipe.resolved()),
+            tags={"run_id": self.run_id, "store": self.store.url, "prefixquant": version("prefixquant"), **_revision()},
+        )
+        self.mlflow_run_id = self.tracker.run_id
+        self.tracker.log_dict(self.recipe.resolved(), "recipe.json")
+        self._write_ref("running")
+
+    def _track(self, event: Event) -> None:
+        """Log a block's error as it comes: one metric, stepped by block."""
+        if event.result is None or event.task != "block" or event.node.endswith("]") is False:
+            return
+        block = int(event.node.removeprefix("block[").removesuffix("]"))
+        metrics = {f"block/{name}": value for name, value in event.result.metrics.items()}
+        metrics["block/seconds"] = event.result.seconds
+        self.tracker.log_metrics(metrics, step=block)
+
+    def finish(self, record: dict[str, Any], result: RunResult | None, seconds: float) -> None:
+        """Log the end of the run and mark it finished."""
+        tracker = self.tracker
+        if tracker.run_id is not None:
+            if not self.resumed:
+                self._log_cached_blocks(result)
+            metrics: dict[str, float] = {"seconds": seconds, "prefix/num_tokens": len(record["prefix"]["token_ids"])}
+            for each in record["perplexity"]:
+                model = each["model"].replace(" ", "_")
+                metrics[f"eval/{Path(each['text']).stem}_ppl/{model}"] = each["ppl"]
+            errors = [block["error"] for block in record["blocks"]]
+            metrics["block_error/mean"] = sum(errors) / len(errors)
+            if result is not None:
+                metrics |= _costs(self.graph, result)
+            tracker.log_metrics(metrics)
+            tracker.log_dict(record, "report.json")
+            tracker.log_text(load_artifact(self.store, self.graph.key("report")).files["report.md"].decode(), "report.md")
+            tracker.set_tags({f"artifact.{name}": self.graph.key(name) for name in ("load", "prefix", "export", "report")})
+            tracker.finish("FINISHED")
+        self._write_ref("finished", ppl=record["perplexity"])
+
+    def _log_cached_blocks(self, result: RunResult | None) -> None:
+        """Log the errors of blocks that an earlier run had stored, so that every run has the same metrics."""
+        done = result.results if result is not None else {}
+        for name, node in self.graph.nodes.items():
+            if node.task.name == "block" and name.endswith("]") and name not in done:
+                metrics = self.store.manifest(self.graph.key(name)).meta.get("metrics", {})
+                block = int(name.removeprefix("block[").removesuffix("]"))
+                self.tracker.log_metrics({f"block/{key}": value for key, value in metrics.items()}, step=block)
+
+    def _write_ref(self, status: str, **extra: Any) -> None:
+        record = {
+            "name": self.recipe.name,
+            "status": status,
+            "updated": time.time(),
+            "keys": {name: self.graph.key(name) for name in self.graph.order},
+            "recipe": self.recipe.resolved(),
+            "mlflow_run_id": self.mlflow_run_id,
+            **extra,
+        }
+        self.store.write_ref(self.run_id, record)
+
+
+def default_tracking(store: ArtifactStore) -> str | None:
+    """Return the MLflow URI of a store: a SQLite file inside a local one, none for a remote one."""
+    return f"sqlite:///{Path(store.root).absolute()}/mlflow.db" if store.is_local else None
+
+
+def _costs(graph: Graph, result: RunResult) -> dict[str, float]:
+    """Return seconds by stage and the largest memory of any task."""
+    metrics: dict[str, float] = {}
+    for name, each in result.results.items():
+        stage = f"seconds/{graph.nodes[name].task.name}"
+        metrics[stage] = metrics.get(stage, 0.0) + each.seconds
+    metrics["memory/peak_host_gb"] = max((r.peak_host_bytes for r in result.results.values()), default=0) / 1e9
+    metrics["memory/peak_device_gb"] = max((r.peak_device_bytes for r in result.results.values()), default=0) / 1e9
+    return metrics
+
+
+def _revision() -> dict[str, str]:
+    import subprocess
+
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return {}  # installed from a wheel
+    return {"git_revision": done.stdout.strip()}

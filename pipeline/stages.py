@@ -1,0 +1,419 @@
+"""The tasks of the DAG: each takes stored artifacts apart, calls one pure function, and declares name and version."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prefixquant.pipeline.graph import Task
+from prefixquant.pipeline.keys import outside_key
+from prefixquant.pipeline.worker import TaskContext, TaskOutput
+from prefixquant.tasks.artifact import Artifact
+from prefixquant.tasks.calibrate import CalibrateConfig, Ranges, calibrate_blocks
+from prefixquant.tasks.errors import UnsupportedModelError
+from prefixquant.tasks.evaluate import PerplexityConfig, perplexity
+from prefixquant.tasks.export import ENDS_FILE, PREFIX_FILE, block_file, export_files
+from prefixquant.tasks.find_prefix import FindPrefixConfig, choose_prefix, down_input_peaks, prefix_key_values
+from prefixquant.tasks.load import LoadedModel, cached_checkpoint, load_model, read_ends, torch_dtype
+from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites, run_batched
+from prefixquant.tasks.model.saved import block_tensors, block_weights
+from prefixquant.tasks.model.sites import OnlineTransforms, head_size
+from prefixquant.tasks.model.spec import QuantizeConfig
+from prefixquant.tasks.quantize_block import quantize_block
+from prefixquant.tasks.rotate import Ends, RotateConfig, rotate_block, rotate_ends
+from prefixquant.tasks.search import SearchConfig
+from prefixquant.tasks.texts import TextConfig, WindowsConfig, cut_windows, draw_windows, read_documents, tokenize
+
+BATCH_TOKENS = 8192
+"""Tokens of one forward through a block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadNode:
+    """Which checkpoint."""
+
+    fingerprint: str
+    """Digest of the source's files."""
+
+    path: str = field(metadata=outside_key())
+    """Where it is on this cluster."""
+
+
+def run_load(context: TaskContext) -> TaskOutput:
+    """Check a checkpoint and keep its config and tokenizer."""
+    model = load_model(context.config.path)
+    return TaskOutput(model.to_artifact(), metrics={"num_blocks": model.num_blocks})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokensNode:
+    """Which text, and the windows taken from it."""
+
+    fingerprint: str
+    """Digest of the text's source."""
+
+    windows: WindowsConfig | PerplexityConfig
+    """Windows drawn at random (calibration) or one after the other (evaluation)."""
+
+    where: str = field(metadata=outside_key())
+    """Recipe keys that ask for it, for messages."""
+
+    text: TextConfig = field(metadata=outside_key())
+    """Where the text is; the fingerprint says what it is."""
+
+    split: str
+    """Part of the text."""
+
+
+def run_tokens(context: TaskContext) -> TaskOutput:
+    """Tokenize a text and cut windows from it."""
+    config: TokensNode = context.config
+    tokenizer = LoadedModel.from_artifact(context.inputs["load"]).tokenizer()
+    tokens = tokenize(tokenizer, read_documents(config.text))
+    if isinstance(config.windows, WindowsConfig):
+        windows = draw_windows(tokens, config.windows, where=f"{config.where}.length")
+    else:
+        windows = cut_windows(tokens, config.windows.window, config.windows.max_windows, where="evaluate.window")
+    record = {"source": config.text.source, "text_tokens": tokens.numel()}
+    return TaskOutput(Artifact(tensors={"windows": windows}, record=record))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotateNode:
+    """Which block is rotated, and how. No block: the ends of the model."""
+
+    rotate: RotateConfig
+    dtype: str
+    block: int | None
+    path: str = field(metadata=outside_key())
+
+
+def run_rotate(context: TaskContext) -> TaskOutput:
+    """Fold gains and rotations into one block, or into embedding and head."""
+    config: RotateNode = context.config
+    model = LoadedModel.from_artifact(context.inputs["load"])
+    family, checkpoint = model.family, cached_checkpoint(config.path)
+    options: dict[str, Any] = {"dtype": torch_dtype(config.dtype), "device": context.device}
+    if config.block is None:
+        return TaskOutput(_ends_artifact(rotate_ends(read_ends(checkpoint, family), config.rotate, **options), model))
+    weights = checkpoint.read_block(family, config.block)
+    head_dim = head_size(model.config)
+    return TaskOutput(Artifact(rotate_block(weights, family, head_dim, config.block, config.rotate, **options)))
+
+
+def _ends_artifact(ends: Ends, model: LoadedModel) -> Artifact:
+    family = model.family
+    names = {family.embedding: ends.embedding, family.final_norm: ends.gain, family.head: ends.head}
+    return Artifact(tensors={f"{name}.weight": tensor for name, tensor in names.items()})
+
+
+def _ends(artifact: Artifact, model: LoadedModel) -> Ends:
+    tensors, family = artifact.tensors, model.family
+    return Ends(*(tensors[f"{name}.weight"] for name in (family.embedding, family.final_norm, family.head)))
+
+
+class RotatedBlocks(Sequence[Block]):
+    """The rotated blocks of a model, each built when taken."""
+
+    def __init__(
+        self, context: TaskContext, model: LoadedModel, transforms: OnlineTransforms, quantize: QuantizeConfig | None
+    ) -> None:
+        self._artifacts: Sequence[Artifact] = context.inputs["blocks"]
+        self._build: Callable[[int, dict[str, Tensor]], Block] = lambda index, weights: Block(
+            model.config,
+            model.family,
+            index,
+            weights,
+            transforms=transforms,
+            quantize=quantize,
+            device=context.device,
+        )
+
+    def __len__(self) -> int:
+        return len(self._artifacts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= len(self):
+            raise IndexError(index)
+        return self._build(index, self._artifacts[index].tensors)
+
+
+def _batch_size(windows: Tensor) -> int:
+    return max(1, BATCH_TOKENS // windows.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefixNode:
+    """How the prefix is found, and the transforms the model then runs with."""
+
+    find: FindPrefixConfig
+    transforms: OnlineTransforms
+
+
+def run_prefix(context: TaskContext) -> TaskOutput:
+    """Choose the prefix tokens and compute their keys and values in every block."""
+    config: PrefixNode = context.config
+    model = LoadedModel.from_artifact(context.inputs["load"])
+    record: dict[str, Any] = {}
+    if config.find.tokens is not None:
+        token_ids = config.find.tokens
+    else:
+        if model.bos_token_id is None:
+            raise UnsupportedModelError(
+                "prefix: the tokenizer has no BOS token, with which a searched prefix ends; "
+                "name the prefix yourself with prefix.tokens=[...], or prefix.tokens=[] for none"
+            )
+        ends = _ends(context.inputs["ends"], model)
+        windows = context.inputs["windows"].tensors["windows"]
+        blocks = RotatedBlocks(context, model, config.transforms, None)
+        stream = ends.embedding[windows].to(context.device)
+        peaks = down_input_peaks(blocks, stream, batch_size=_batch_size(windows), device=context.device)
+        choice = choose_prefix(windows, peaks, model.bos_token_id, config.find)
+        token_ids = choice.token_ids
+        record = {
+            "counts": {str(token): count for token, count in choice.counts.items()},
+            "outliers_per_sequence": list(choice.outliers_per_sequence),
+            "peak_ratio": list(choice.peak_ratio),
+        }
+    vocabulary = model.config.vocab_size
+    if any(token >= vocabulary for token in token_ids):
+        raise UnsupportedModelError(f"prefix.tokens {list(token_ids)}: the vocabulary has {vocabulary} entries")
+    tensors = {}
+    if token_ids:
+        blocks = RotatedBlocks(context, model, config.transforms, None)
+        hidden = _ends(context.inputs["ends"], model).embedding[torch.tensor(token_ids)]
+        keys, values = prefix_key_values(blocks, hidden, device=context.device)
+        tensors = {"keys": keys, "values": values}
+    record |= {"token_ids": list(token_ids), "tokens": [model.tokenizer().decode([token]) for token in token_ids]}
+    return TaskOutput(Artifact(tensors, record), metrics={"num_tokens": len(token_ids)})
+
+
+def _prefix(artifact: Artifact) -> tuple[Tensor, Tensor] | None:
+    return (artifact.tensors["keys"], artifact.tensors["values"]) if artifact.tensors else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateNode:
+    """How ranges are averaged, and where the keys' site sits."""
+
+    calibrate: CalibrateConfig
+    transforms: OnlineTransforms
+    quantize: QuantizeConfig
+
+
+def run_calibrate(context: TaskContext) -> TaskOutput:
+    """Collect the ranges of every site of every block behind the prefix."""
+    config: CalibrateNode = context.config
+    model = LoadedModel.from_artifact(context.inputs["load"])
+    windows = context.inputs["windows"].tensors["windows"]
+    stream = _ends(context.inputs["ends"], model).embedding[windows].to(context.device)
+    ranges = calibrate_blocks(
+        RotatedBlocks(context, model, config.transforms, config.quantize),
+        _prefix(context.inputs["prefix"]),
+        stream,
+        config.calibrate,
+        batch_size=_batch_size(windows),
+        device=context.device,
+    )
+    tensors = {}
+    for block, sites in enumerate(ranges):
+        for site, (low, high) in sites.items():
+            tensors |= {f"{block}.{site}.low": low, f"{block}.{site}.high": high}
+    return TaskOutput(Artifact(tensors))
+
+
+def _ranges(artifact: Artifact, block: int) -> Ranges:
+    names = {name.split(".")[1] for name in artifact.tensors if name.startswith(f"{block}.")}
+    return {
+        name: (artifact.tensors[f"{block}.{name}.low"], artifact.tensors[f"{block}.{name}.high"]) for name in names
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamNode:
+    """Into which block the stream goes: block 0 gets the embeddings, block b what block b-1 puts out."""
+
+    block: int
+    transforms: OnlineTransforms
+
+
+def run_stream(context: TaskContext) -> TaskOutput:
+    """Compute the full-precision stream that enters a block."""
+    config: StreamNode = context.config
+    model = LoadedModel.from_artifact(context.inputs["load"])
+    if config.block == 0:
+        windows = context.inputs["windows"].tensors["windows"]
+        return TaskOutput(Artifact({"stream": _ends(context.inputs["ends"], model).embedding[windows]}))
+    previous = config.block - 1
+    block = Block(
+        model.config,
+        model.family,
+        previous,
+        context.inputs["block"].tensors,
+        transforms=config.transforms,
+        quantize=None,
+        device=context.device,
+    )
+    stream = context.inputs["stream"].tensors["stream"]
+    prefix = block_prefix(_prefix(context.inputs["prefix"]), previous, context.device)
+    output = run_batched(
+        lambda x: block(x, prefix), stream, _batch_size(stream), context.device, f"stream, block {previous}"
+    )
+    return TaskOutput(Artifact({"stream": output}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockNode:
+    """Which block is quantized, and how."""
+
+    block: int
+    transforms: OnlineTransforms
+    quantize: QuantizeConfig
+    search: SearchConfig | None
+
+
+def run_block(context: TaskContext) -> TaskOutput:
+    """Search the scales of one block and round its weights."""
+    config: BlockNode = context.config
+    model = LoadedModel.from_artifact(context.inputs["load"])
+    weights = context.inputs["block"].tensors
+    block = Block(
+        model.config,
+        model.family,
+        config.block,
+        weights,
+        transforms=config.transforms,
+        quantize=config.quantize,
+        device=context.device,
+    )
+    stream = context.inputs["stream"].tensors["stream"]
+    result = quantize_block(
+        block,
+        _ranges(context.inputs["ranges"], config.block),
+        stream.to(context.device),
+        block_prefix(_prefix(context.inputs["prefix"]), config.block, context.device),
+        config.quantize.weights,
+        config.search,
+        batch_size=_batch_size(stream),
+    )
+    record = {"error": result.error, "error_before_search": result.error_before, "search": result.search}
+    spec = config.quantize.weights
+    tensors = block_tensors(weights, result.weights, result.sites, model.family, config.block, spec)
+    return TaskOutput(
+        Artifact(tensors, record), metrics={"error": result.error, "error_before_search": result.error_before}
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateNode:
+    """What is measured: the original model, or the quantized one behind its prefix."""
+
+    variant: Literal["full_precision", "quantized"]
+    transforms: OnlineTransforms | None
+    quantize: QuantizeConfig | None
+    dtype: str
+    path: str = field(metadata=outside_key())
+
+
+def run_evaluate(context: TaskContext) -> TaskOutput:
+    """Measure perplexity over the windows of one text, one block held at a time."""
+    config: EvaluateNode = context.config
+    model = LoadedModel.from_artifact(context.inputs["load"])
+    windows = context.inputs["windows"].tensors["windows"]
+    if config.variant == "full_precision":
+        original = read_ends(cached_checkpoint(config.path), model.family)
+        dtype = torch_dtype(config.dtype)
+        ends = Ends(*(part.to(dtype) for part in (original.embedding, original.gain, original.head)))
+        blocks = _original_blocks(context, model)
+    else:
+        ends = _ends(context.inputs["ends"], model)
+        blocks = _quantized_blocks(context, model)
+    result = perplexity(
+        blocks,
+        ends,
+        model.config.rms_norm_eps,
+        windows,
+        device=context.device,
+        batch_tokens=BATCH_TOKENS,
+    )
+    return TaskOutput(Artifact(record=asdict(result)), metrics={"ppl": result.ppl, "tokens": result.tokens})
+
+
+def _original_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple[Block, None]]:
+    config: EvaluateNode = context.config
+    checkpoint, dtype = cached_checkpoint(config.path), torch_dtype(config.dtype)
+    for index in range(model.num_blocks):
+        weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index).items()}
+        transforms = OnlineTransforms(r3=False, r4=False)
+        yield (
+            Block(
+                model.config,
+                model.family,
+                index,
+                weights,
+                transforms=transforms,
+                quantize=None,
+                device=context.device,
+            ),
+            None,
+        )
+
+
+def _quantized_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple[Block, Any]]:
+    config: EvaluateNode = context.config
+    assert config.quantize is not None
+    assert config.transforms is not None
+    prefix = _prefix(context.inputs["prefix"])
+    shapes = block_shapes(model.config, 0)
+    for index, artifact in enumerate(context.inputs["blocks"]):
+        weights, sites = block_weights(
+            artifact.tensors, shapes, model.family, index, config.quantize.weights, torch_dtype(config.dtype)
+        )
+        block = Block(
+            model.config,
+            model.family,
+            index,
+            weights,
+            transforms=config.transforms,
+            quantize=config.quantize,
+            device=context.device,
+        )
+        load_sites(block.sites, sites)
+        yield block, block_prefix(prefix, index, context.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportNode:
+    """What the folder describes."""
+
+    profile: str
+    quantize: QuantizeConfig
+    transforms: OnlineTransforms
+    dtype: str
+
+
+def run_export(context: TaskContext) -> TaskOutput:
+    """Write the small files of the output folder; its shards are the stored artifacts themselves."""
+    config: ExportNode = context.config
+    model = LoadedModel.from_artifact(context.inputs["load"])
+    shards = {block_file(i): tuple(block.tensors) for i, block in enumerate(context.inputs["blocks"])}
+    shards[ENDS_FILE] = tuple(context.inputs["ends"].tensors)
+    prefix = context.inputs["prefix"]
+    files = export_files(
+        model, config.quantize, config.transforms, config.dtype, tuple(prefix.record["token_ids"]), shards
+    )
+    record = {"shards": sorted(shards), "prefix_file": PREFIX_FILE if prefix.tensors else None}
+    return TaskOutput(Artifact(record=record, files=files))
+
+
+LOAD = Task(name="load", version=1, run=run_load)
+TOKENS = Task(name="tokens", version=1, run=run_tokens)
+ROTATE = Task(name="rotate", version=1, run=run_rotate)
+PREFIX = Task(name="prefix", version=1, run=run_prefix)
+CALIBRATE = Task(name="calibrate", version=1, run=run_calibrate)
+STREAM = Task(name="stream", version=1, run=run_stream, ephemeral=True)
+BLOCK = Task(name="block", version=1, run=run_block)
+EVALUATE = Task(name="evaluate", version=1, run=run_evaluate)
+EXPORT = Task(name="export", version=1, run=run_export)

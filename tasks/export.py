@@ -1,0 +1,140 @@
+"""The folder a user loads: what is in it besides the stored blocks, and how a model is built from it again."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prefixquant.tasks.errors import CheckpointError
+from prefixquant.tasks.load import CONFIG, LoadedModel
+from prefixquant.tasks.model.block import block_shapes, load_sites
+from prefixquant.tasks.model.cache import attach_prefix
+from prefixquant.tasks.model.checkpoint import INDEX_FILE, read_safetensors_header
+from prefixquant.tasks.model.families import find_family
+from prefixquant.tasks.model.modules import ATTENTION, SiteNorm, register_attention
+from prefixquant.tasks.model.saved import block_weights
+from prefixquant.tasks.model.sites import OnlineTransforms, install_sites, sites_of
+from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, QuantizeConfig, WeightSpec
+
+DESCRIPTION = "prefixquant.json"
+PREFIX_FILE = "prefix.safetensors"
+ENDS_FILE = "model-ends.safetensors"
+FORMAT = 1
+"""Version of the folder's layout; raise it when a folder can no longer be read by older code."""
+
+
+def block_file(block: int) -> str:
+    """Return the name of a block's shard."""
+    return f"model-block-{block:05d}.safetensors"
+
+
+def export_files(
+    model: LoadedModel,
+    quantize: QuantizeConfig,
+    transforms: OnlineTransforms,
+    dtype: str,
+    prefix_token_ids: tuple[int, ...],
+    shards: Mapping[str, tuple[str, ...]],
+) -> dict[str, bytes]:
+    """Return the small files of the folder: config, tokenizer, `prefixquant.json` and the safetensors index.
+
+    `shards`: shard file -> names of the tensors in it.
+    """
+    config = json.loads(model.files[CONFIG])
+    config.update(tie_word_embeddings=False, dtype=dtype, architectures=[model.family.architecture])
+    description = {
+        "format": FORMAT,
+        "dtype": dtype,
+        "quantize": asdict(quantize),
+        "transforms": asdict(transforms),
+        "prefix_token_ids": list(prefix_token_ids),
+    }
+    index = {"metadata": {}, "weight_map": {name: shard for shard, names in shards.items() for name in names}}
+    return {
+        **model.files,
+        CONFIG: _json(config),
+        DESCRIPTION: _json(description),
+        INDEX_FILE: _json(index),
+    }
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def is_exported(folder: Path) -> bool:
+    """Return whether a folder is one of ours."""
+    return (folder / DESCRIPTION).is_file()
+
+
+def load_quantized(folder: str | Path, *, device: str | torch.device = "cpu") -> Any:
+    """Return the quantized model in an exported folder as a transformers model, fake-quantized, prefix attached.
+
+    `model(input_ids)` puts the prefix in front by itself. To pass a cache of your own, as `generate` needs, take one
+    from `prefix_cache_for(model, batch_size)`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    folder, device = Path(folder), torch.device(device)
+    description = _read_description(folder)
+    config = AutoConfig.from_pretrained(folder)
+    family = find_family(config.model_type)
+    quantize = _quantize_config(description["quantize"])
+    transforms = OnlineTransforms(**description["transforms"])
+    dtype = getattr(torch, description["dtype"])
+    register_attention()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+    blocks = model.get_submodule(family.blocks)
+    shapes = block_shapes(config, 0)
+    for index, layer in enumerate(blocks):
+        stored = _read_shard(folder / block_file(index))
+        weights, sites = block_weights(stored, shapes, family, index, quantize.weights, dtype)
+        layer.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
+        install_sites(layer, config, family, transforms=transforms, quantize=quantize)
+        load_sites(sites_of(layer, family), {s: {n: t.to(device) for n, t in p.items()} for s, p in sites.items()})
+    ends = _read_shard(folder / ENDS_FILE)
+    for name in (family.embedding, family.head):
+        model.get_submodule(name).weight = nn.Parameter(ends[f"{name}.weight"].to(device), requires_grad=False)
+    gain = ends[f"{family.final_norm}.weight"].to(device)
+    model.set_submodule(family.final_norm, SiteNorm(gain, config.rms_norm_eps, None))
+    base = model.get_submodule(family.embedding.rsplit(".", 1)[0])
+    base.rotary_emb = type(base.rotary_emb)(config=config).to(device)
+    attentions = [layer.get_submodule(family.attention) for layer in blocks]
+    prefix = _read_shard(folder / PREFIX_FILE) if description["prefix_token_ids"] else None
+    attach_prefix(
+        base, attentions, None if prefix is None else (prefix["keys"].to(device), prefix["values"].to(device))
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    try:
+        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{folder}: {DESCRIPTION} cannot be read ({err}); run the recipe again") from err
+    if description.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}: {DESCRIPTION} has format {description.get('format')}, this version reads {FORMAT}"
+        )
+    return description
+
+
+def _quantize_config(values: Mapping[str, Any]) -> QuantizeConfig:
+    kinds = {"weights": WeightSpec, "activations": ActivationSpec, "keys": KeyValueSpec, "values": KeyValueSpec}
+    return QuantizeConfig(
+        **{name: None if values[name] is None else kind(**values[name]) for name, kind in kinds.items()}
+    )
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    names = read_safetensors_header(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}

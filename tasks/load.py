@@ -1,0 +1,114 @@
+"""Look a checkpoint over and keep the small files that every later stage needs: config and tokenizer. No weights."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from prefixquant.tasks.artifact import Artifact
+from prefixquant.tasks.errors import CheckpointError
+from prefixquant.tasks.model.checkpoint import Checkpoint, check_checkpoint, open_checkpoint
+from prefixquant.tasks.model.families import ModelFamily, find_family
+from prefixquant.tasks.rotate import Ends
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What is known of a model without its weights."""
+
+    config: PretrainedConfig
+    family: ModelFamily
+    dtype: str
+    """Type in which the checkpoint's weights are naturally kept, e.g. `float32`."""
+
+    bos_token_id: int | None
+    """Token that starts a sequence; None if tokenizer and config name none."""
+
+    files: dict[str, bytes]
+    """config.json and the tokenizer's files."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks."""
+        return int(self.config.num_hidden_layers)
+
+    def to_artifact(self) -> Artifact:
+        """Return the artifact to store."""
+        record = {"model_type": self.family.model_type, "dtype": self.dtype, "bos_token_id": self.bos_token_id}
+        return Artifact(record={**record, "num_blocks": self.num_blocks}, files=self.files)
+
+    @classmethod
+    def from_artifact(cls, artifact: Artifact) -> "LoadedModel":
+        """Return what `to_artifact` stored."""
+        values = json.loads(artifact.files[CONFIG])
+        record = artifact.record
+        return cls(
+            config=AutoConfig.for_model(values.pop("model_type"), **values),
+            family=find_family(record["model_type"]),
+            dtype=record["dtype"],
+            bos_token_id=record["bos_token_id"],
+            files=artifact.files,
+        )
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in self.files.items():
+                Path(folder, name).write_bytes(data)
+            return AutoTokenizer.from_pretrained(folder)
+
+
+@lru_cache(maxsize=2)
+def cached_checkpoint(path: str) -> Checkpoint:
+    """Return the checkpoint at a path, opened once a process: a GGUF header takes seconds to parse."""
+    return open_checkpoint(Path(path))
+
+
+def load_model(path: str) -> LoadedModel:
+    """Return what a local folder or .gguf file holds, after checking every tensor's name and shape.
+
+    Raises:
+        CheckpointError: it is missing, damaged or incomplete.
+        UnsupportedModelError: its architecture is not known.
+    """
+    checkpoint = cached_checkpoint(path)
+    config, family = check_checkpoint(checkpoint)
+    tokenizer = _load_tokenizer(Path(path))
+    bos = tokenizer.bos_token_id
+    if bos is None and family.eos_serves_as_bos:
+        bos = config.bos_token_id if config.bos_token_id is not None else tokenizer.eos_token_id
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
+    files[CONFIG] = config.to_json_string(use_diff=False).encode()
+    dtype = str(checkpoint.default_dtype).removeprefix("torch.")
+    return LoadedModel(config=config, family=family, dtype=dtype, bos_token_id=bos, files=files)
+
+
+def _load_tokenizer(path: Path) -> Any:
+    try:
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, TypeError, KeyError) as err:
+        reason = str(err).splitlines()[0]
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({reason}); add tokenizer.json") from err
+
+
+def read_ends(checkpoint: Checkpoint, family: ModelFamily) -> Ends:
+    """Return embedding, final gain and head as the checkpoint has them; a tied head is the embedding itself."""
+    embedding = checkpoint.read(f"{family.embedding}.weight")
+    head = checkpoint.read(f"{family.head}.weight") if checkpoint.has_head(family) else embedding
+    return Ends(embedding=embedding, gain=checkpoint.read(f"{family.final_norm}.weight"), head=head)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch type of a name such as `bfloat16`."""
+    return getattr(torch, name)

@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+from prefixquant.kernels.errors import KernelInputError
+from prefixquant.kernels.hadamard import hadamard_factors, hadamard_transform, has_hadamard
+
+# head sizes, hidden and intermediate sizes of known models; only 1 and 64 are powers of two
+SIZES = (1, 64, 576, 1536, 4864, 11008, 14336, 18944, 29568)
+
+
+def rows(n: int, count: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_hadamard_factors_multiply_to_the_size(n):
+    assert math.prod(hadamard_factors(n)) == n
+    assert has_hadamard(n)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_hadamard_transform_keeps_scalar_products(n):
+    x = rows(n)
+    y = hadamard_transform(x)
+    assert y.shape == x.shape
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y @ y.T, x @ x.T, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_hadamard_matrix_has_entries_of_one_magnitude(n):
+    # the image of unit vectors: some rows of the matrix, first and last among them
+    picked = sorted({0, 1 % n, n // 2, n - 1})
+    unit = torch.zeros(len(picked), n, dtype=torch.float64)
+    unit[range(len(picked)), picked] = 1
+    magnitude = hadamard_transform(unit).abs()
+    torch.testing.assert_close(magnitude, torch.full_like(magnitude, 1 / math.sqrt(n)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 12, 64, 576, 1536])
+def test_hadamard_transform_is_the_product_with_an_orthonormal_matrix(n):
+    identity = torch.eye(n, dtype=torch.float64)
+    matrix = hadamard_transform(identity)
+    torch.testing.assert_close(matrix @ matrix.T, identity, rtol=0, atol=1e-12)
+    x = rows(n)
+    torch.testing.assert_close(hadamard_transform(x), x @ matrix, rtol=1e-11, atol=1e-11)
+
+
+def test_hadamard_transform_acts_on_the_last_axis_alone():
+    x = rows(96, 30).reshape(2, 3, 5, 96)
+    y = hadamard_transform(x)
+    torch.testing.assert_close(y[1, 2, 4], hadamard_transform(x[1, 2, 4]))
+    torch.testing.assert_close(hadamard_transform(x.transpose(0, 2)), y.transpose(0, 2))
+
+
+def test_hadamard_transform_keeps_the_dtype():
+    x = rows(1536)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):  # some roundings of 2^-24 and 2^-9
+        y = hadamard_transform(x.to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), hadamard_transform(x), rtol=0, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("n", [3, 6, 18, 4 * 257])
+def test_hadamard_transform_refuses_a_size_without_a_known_matrix(n):
+    assert not has_hadamard(n)
+    with pytest.raises(KernelInputError, match=f"order {n} is known"):
+        hadamard_transform(torch.ones(2, n))
+
+
+def test_hadamard_transform_refuses_integers():
+    with pytest.raises(KernelInputError, match="floating-point tensor, got torch.int32"):
+        hadamard_transform(torch.ones(2, 4, dtype=torch.int32))
