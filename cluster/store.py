@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fsspec.core import url_to_fs
+
 from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactError, ArtifactMissing, StoreUnwritable
 
 __all__ = [

@@ -29,11 +29,12 @@ from prefixquant.pipeline.stages import (
     TokensNode,
 )
 from prefixquant.tasks.errors import ConfigError, UnsupportedModelError
+from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.find_prefix import FindPrefixConfig
 from prefixquant.tasks.load import LoadedModel
 from prefixquant.tasks.model.sites import OnlineTransforms, check_transforms, head_size
 from prefixquant.tasks.model.spec import KeyValueSpec, QuantizeConfig
-from prefixquant.tasks.texts import TextConfig, source_fingerprint
+from prefixquant.tasks.texts import TextConfig, WindowsConfig, source_fingerprint
 
 COMPUTE = Resources(gpus=1, cpus=1)
 """Of the tasks that pass data through blocks."""
@@ -135,7 +136,7 @@ class _Builder:
     def _tokens(self) -> list[Node]:
         recipe = self.recipe
         calibration = recipe.calibration_text
-        wanted = [
+        wanted: list[tuple[str, TextConfig, WindowsConfig | PerplexityConfig, str]] = [
             ("tokens[statistics]", calibration, recipe.statistics_windows, "data.statistics"),
             ("tokens[search]", calibration, recipe.search_windows, "data.search"),
         ]

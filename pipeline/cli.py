@@ -1,5 +1,7 @@
-"""The command `prefixquant`. Results go to stdout, progress and messages to stderr; exit status 0 done, 1 a task failed,
-2 the input is wrong."""
+"""The command `prefixquant`. Results go to stdout, progress and messages to stderr.
+
+Exit status: 0 done, 1 a task failed, 2 the input is wrong.
+"""
 
 import json
 import os
@@ -235,6 +237,6 @@ def main() -> None:
 
 
 def _status(err: Exception) -> int:
-    from prefixquant.pipeline.run import RunFailed
+    from prefixquant.pipeline.run import RunFailedError
 
-    return 1 if isinstance(err, RunFailed) else 2
+    return 1 if isinstance(err, RunFailedError) else 2

@@ -1,8 +1,8 @@
 """What a node is expected to cost, from the model's shape: arithmetic and bytes over rates of common machines."""
 
-import torch
-
 from dataclasses import dataclass
+
+import torch
 
 from prefixquant.pipeline.graph import Estimate, Node
 from prefixquant.pipeline.recipe import Recipe
@@ -13,13 +13,13 @@ from prefixquant.tasks.search import SearchConfig
 PROCESS_BYTES = 900 * 2**20
 """Resident memory of a worker with torch and transformers imported; measured on CPU."""
 
-CPU_FLOPS = 4e10
+CPU_FLOPS = 1e11
 """float32 rate of one core in matrix products of these sizes; measured on one machine, good to a factor of 2."""
 
 GPU_FLOPS = 3e13
 """float32 rate of an H100-class GPU in the same; likewise."""
 
-OVERHEAD_S = 0.3
+OVERHEAD_S = 0.15
 """Of any task: start, read, publish."""
 
 
@@ -50,6 +50,7 @@ class Shape:
         bits = recipe.quantize.weights.bits if recipe.quantize.weights is not None else 8 * item
         windows = recipe.evaluate.max_windows or 128
         tokens = data.search.sequences * data.search.length
+        searched = search.weight_points if search is not None and search.weights else 0
         return cls(
             block_parameters=parameters,
             end_parameters=2 * config.vocab_size * config.hidden_size,
@@ -60,7 +61,7 @@ class Shape:
             search_tokens=tokens,
             evaluation_tokens=windows * recipe.evaluate.window,
             search_forwards=0 if search is None else _site_forwards(search),
-            weight_forwards=0 if search is None or not search.weights else search.weight_points * config.hidden_size / tokens,
+            weight_forwards=searched * config.hidden_size / tokens,
             quantized_block_bytes=parameters * bits // 8,
         )
 
@@ -86,7 +87,9 @@ def estimate(node: Node, shape: Shape, *, gpu: bool = False) -> Estimate:
         case "rotate":
             ends = node.name == "rotate[ends]"
             parameters = shape.end_parameters if ends else shape.block_parameters
-            flops = 2 * 4 * parameters * 64  # float64 at a quarter of the rate; a transform is about 64 products a value
+            flops = (
+                2 * 4 * parameters * 64
+            )  # float64 at a quarter of the rate; a transform is about 64 products a value
             stored = parameters * shape.bytes_per_weight
             work_bytes = stored + (0 if ends else 8 * 2 * parameters)
         case "prefix" | "calibrate":

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,16 +18,19 @@ from prefixquant.pipeline.materialize import check_output, materialize
 from prefixquant.pipeline.plan import Plan, make_plan
 from prefixquant.pipeline.progress import make_progress
 from prefixquant.pipeline.recipe import Recipe
-from prefixquant.pipeline.runner import Event, NodeFailure, RunResult, execute
+from prefixquant.pipeline.runner import Event, RunResult, execute
 from prefixquant.pipeline.source import resolve_source, source_fingerprint
 from prefixquant.pipeline.tracking import Tracker, flatten
+from prefixquant.pipeline.worker import NodeResult
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
 from prefixquant.tasks.load import LoadedModel, load_model
 
 EXPERIMENT = "prefixquant"
 
+_SHOWN_FAILURES = 3
 
-class RunFailed(PrefixQuantError):
+
+class RunFailedError(PrefixQuantError):
     """A task failed or the run was interrupted; what is finished is stored."""
 
 
@@ -56,6 +59,12 @@ class RunSummary:
     tasks_run: int
     tasks_cached: int
     seconds: float
+    stage_seconds: dict[str, float]
+    """Seconds of the tasks that ran, summed by stage."""
+    peak_host_bytes: int
+    """Largest resident memory of a task's process."""
+    peak_device_bytes: int
+    """Largest GPU memory of a task."""
     out: str | None
     mlflow_url: str | None
     tracking_failures: tuple[str, ...]
@@ -75,6 +84,9 @@ class RunSummary:
             "tasks_run": self.tasks_run,
             "tasks_cached": self.tasks_cached,
             "seconds": round(self.seconds, 2),
+            "stage_seconds": {stage: round(seconds, 2) for stage, seconds in self.stage_seconds.items()},
+            "peak_host_bytes": self.peak_host_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
         }
 
 
@@ -104,9 +116,7 @@ def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
     store = ArtifactStore(store_url)
     alone = Graph([load_node(source)])
     key = alone.key("load")
-    model = (
-        LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
-    )
+    model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
     graph = build_graph(recipe, source, model)
     return graph, make_plan(graph, targets(recipe), store, _previous(store, recipe.name))
 
@@ -115,7 +125,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
     """Build what a recipe lacks, track it, and write the output folder.
 
     Raises:
-        RunFailed: a task failed; independent tasks have finished and are stored.
+        RunFailedError: a task failed; independent tasks have finished and are stored.
         PrefixQuantError, ArtifactError: recipe, model, text, store or output folder are wrong.
     """
     start = time.monotonic()
@@ -137,13 +147,17 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
     record = load_artifact(store, graph.key("report")).record
     if options.out is not None:
         materialize(graph, store, options.out, model.num_blocks)
-    run.finish(record, result, time.monotonic() - start)
+    done = {} if result is None else result.results
+    run.finish(record, done, time.monotonic() - start)
     return RunSummary(
         run_id=run.run_id,
         record=record,
-        tasks_run=len(result.results) if result is not None else 0,
+        tasks_run=len(done),
         tasks_cached=len(plan.names("cached")),
         seconds=time.monotonic() - start,
+        stage_seconds=_stage_seconds(graph, done),
+        peak_host_bytes=max((each.peak_host_bytes for each in done.values()), default=0),
+        peak_device_bytes=max((each.peak_device_bytes for each in done.values()), default=0),
         out=str(options.out) if options.out is not None else None,
         mlflow_url=run.tracker.url_hint or None,
         tracking_failures=tuple(run.tracker.failures),
@@ -173,13 +187,11 @@ def _lazy_session(options: RunOptions) -> Iterator[Callable[[], RaySession]]:
 
 def _require(result: RunResult) -> None:
     if result.interrupted:
-        raise RunFailed("interrupted; finished tasks are stored, and the same command goes on from them")
+        raise RunFailedError("interrupted; finished tasks are stored, and the same command goes on from them")
     if result.failures:
-        raise RunFailed("\n".join(str(failure) for failure in _roots(result.failures)))
-
-
-def _roots(failures: list[NodeFailure]) -> list[NodeFailure]:
-    return failures[:3]
+        shown = [str(failure) for failure in result.failures[:_SHOWN_FAILURES]]
+        more = len(result.failures) - len(shown)
+        raise RunFailedError("\n".join([*shown, *([f"and {more} more tasks failed"] if more else [])]))
 
 
 def _previous(store: ArtifactStore, name: str) -> dict[str, str]:
@@ -212,7 +224,7 @@ class _Tracked:
         """Run what the plan says and return the result, or None if nothing is to be done.
 
         Raises:
-            RunFailed: a task failed or the run was interrupted.
+            RunFailedError: a task failed or the run was interrupted.
         """
         self._write_ref("running")
         something = any(entry.state in ("run", "yielded") for entry in plan.entries)
@@ -255,37 +267,40 @@ class _Tracked:
 
     def _track(self, event: Event) -> None:
         """Log a block's error as it comes: one metric, stepped by block."""
-        if event.result is None or event.task != "block" or event.node.endswith("]") is False:
+        if event.result is None or event.task != "block" or not event.node.endswith("]"):
             return
         block = int(event.node.removeprefix("block[").removesuffix("]"))
         metrics = {f"block/{name}": value for name, value in event.result.metrics.items()}
         metrics["block/seconds"] = event.result.seconds
         self.tracker.log_metrics(metrics, step=block)
 
-    def finish(self, record: dict[str, Any], result: RunResult | None, seconds: float) -> None:
+    def finish(self, record: dict[str, Any], done: Mapping[str, NodeResult], seconds: float) -> None:
         """Log the end of the run and mark it finished."""
         tracker = self.tracker
         if tracker.run_id is not None:
             if not self.resumed:
-                self._log_cached_blocks(result)
+                self._log_cached_blocks(done)
             metrics: dict[str, float] = {"seconds": seconds, "prefix/num_tokens": len(record["prefix"]["token_ids"])}
             for each in record["perplexity"]:
                 model = each["model"].replace(" ", "_")
                 metrics[f"eval/{Path(each['text']).stem}_ppl/{model}"] = each["ppl"]
             errors = [block["error"] for block in record["blocks"]]
             metrics["block_error/mean"] = sum(errors) / len(errors)
-            if result is not None:
-                metrics |= _costs(self.graph, result)
+            metrics |= {f"seconds/{stage}": each for stage, each in _stage_seconds(self.graph, done).items()}
+            if done:
+                metrics["memory/peak_host_gb"] = max(each.peak_host_bytes for each in done.values()) / 1e9
+                metrics["memory/peak_device_gb"] = max(each.peak_device_bytes for each in done.values()) / 1e9
             tracker.log_metrics(metrics)
             tracker.log_dict(record, "report.json")
-            tracker.log_text(load_artifact(self.store, self.graph.key("report")).files["report.md"].decode(), "report.md")
-            tracker.set_tags({f"artifact.{name}": self.graph.key(name) for name in ("load", "prefix", "export", "report")})
+            report = load_artifact(self.store, self.graph.key("report")).files["report.md"].decode()
+            tracker.log_text(report, "report.md")
+            tagged = ("load", "prefix", "export", "report")
+            tracker.set_tags({f"artifact.{name}": self.graph.key(name) for name in tagged})
             tracker.finish("FINISHED")
         self._write_ref("finished", ppl=record["perplexity"])
 
-    def _log_cached_blocks(self, result: RunResult | None) -> None:
+    def _log_cached_blocks(self, done: Mapping[str, NodeResult]) -> None:
         """Log the errors of blocks that an earlier run had stored, so that every run has the same metrics."""
-        done = result.results if result is not None else {}
         for name, node in self.graph.nodes.items():
             if node.task.name == "block" and name.endswith("]") and name not in done:
                 metrics = self.store.manifest(self.graph.key(name)).meta.get("metrics", {})
@@ -310,15 +325,13 @@ def default_tracking(store: ArtifactStore) -> str | None:
     return f"sqlite:///{Path(store.root).absolute()}/mlflow.db" if store.is_local else None
 
 
-def _costs(graph: Graph, result: RunResult) -> dict[str, float]:
-    """Return seconds by stage and the largest memory of any task."""
-    metrics: dict[str, float] = {}
-    for name, each in result.results.items():
-        stage = f"seconds/{graph.nodes[name].task.name}"
-        metrics[stage] = metrics.get(stage, 0.0) + each.seconds
-    metrics["memory/peak_host_gb"] = max((r.peak_host_bytes for r in result.results.values()), default=0) / 1e9
-    metrics["memory/peak_device_gb"] = max((r.peak_device_bytes for r in result.results.values()), default=0) / 1e9
-    return metrics
+def _stage_seconds(graph: Graph, done: Mapping[str, NodeResult]) -> dict[str, float]:
+    """Return the seconds of the tasks that ran, summed by stage."""
+    seconds: dict[str, float] = {}
+    for name, each in done.items():
+        stage = graph.nodes[name].task.name
+        seconds[stage] = seconds.get(stage, 0.0) + each.seconds
+    return seconds
 
 
 def _revision() -> dict[str, str]:

@@ -12,8 +12,9 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from prefixquant.tasks.errors import ConfigError
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from prefixquant.tasks.errors import ConfigError
 
 T = TypeVar("T")
 

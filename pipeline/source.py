@@ -51,7 +51,9 @@ def source_fingerprint(path: Path) -> str:
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(memory.digest, files))
     memory.save()
-    named = [("model.gguf" if path.is_file() else file.name, digest) for file, digest in zip(files, digests, strict=True)]
+    named = [
+        ("model.gguf" if path.is_file() else file.name, digest) for file, digest in zip(files, digests, strict=True)
+    ]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 

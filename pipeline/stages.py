@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -217,7 +218,7 @@ def run_calibrate(context: TaskContext) -> TaskOutput:
         batch_size=_batch_size(windows),
         device=context.device,
     )
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for block, sites in enumerate(ranges):
         for site, (low, high) in sites.items():
             tensors |= {f"{block}.{site}.low": low, f"{block}.{site}.high": high}
@@ -226,9 +227,7 @@ def run_calibrate(context: TaskContext) -> TaskOutput:
 
 def _ranges(artifact: Artifact, block: int) -> Ranges:
     names = {name.split(".")[1] for name in artifact.tensors if name.startswith(f"{block}.")}
-    return {
-        name: (artifact.tensors[f"{block}.{name}.low"], artifact.tensors[f"{block}.{name}.high"]) for name in names
-    }
+    return {name: (artifact.tensors[f"{block}.{name}.low"], artifact.tensors[f"{block}.{name}.high"]) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,7 +258,7 @@ def run_stream(context: TaskContext) -> TaskOutput:
     stream = context.inputs["stream"].tensors["stream"]
     prefix = block_prefix(_prefix(context.inputs["prefix"]), previous, context.device)
     output = run_batched(
-        lambda x: block(x, prefix), stream, _batch_size(stream), context.device, f"stream, block {previous}"
+        partial(block, prefix=prefix), stream, _batch_size(stream), context.device, f"stream, block {previous}"
     )
     return TaskOutput(Artifact({"stream": output}))
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
+
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.block import Block, block_prefix, run_batched
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +66,7 @@ def calibrate_blocks(
             for name, site in block.sites.items():
                 site.observer = observers[name]
             stream_NTD = run_batched(
-                lambda x, block=block, own=own: block(x, own),
+                partial(block, prefix=own),
                 stream_NTD,
                 batch_size,
                 device,

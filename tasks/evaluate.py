@@ -77,7 +77,7 @@ def perplexity(
         hidden_NTD = hidden_NTD.to(device)
     for block, prefix in blocks:
         where = f"evaluation, block {block.index}"
-        hidden_NTD = run_batched(partial(_forward, block, prefix), hidden_NTD, batch, device, where)
+        hidden_NTD = run_batched(partial(block, prefix=prefix), hidden_NTD, batch, device, where)
     gain, head = ends.gain.to(device), ends.head.to(device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for hidden_TD, ids_T in zip(hidden_NTD, windows_NT, strict=True):
@@ -99,10 +99,6 @@ def model_perplexity(model: Any, windows_NT: Tensor, *, batch_tokens: int = 8192
         for logits_TV, ids_T in zip(logits, ids, strict=True):
             total += F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="sum")
     return _perplexity(total, windows_NT)
-
-
-def _forward(block: Block, prefix: Prefix | None, hidden_BTD: Tensor) -> Tensor:
-    return block(hidden_BTD, prefix)
 
 
 def _perplexity(total_nll: Tensor, windows_NT: Tensor) -> Perplexity:

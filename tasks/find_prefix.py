@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor, nn
+
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.block import Block, run_batched
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,10 +60,10 @@ class PrefixChoice:
 def choose_prefix(token_ids_NT: Tensor, peak_LNT: Tensor, bos_token_id: int, config: FindPrefixConfig) -> PrefixChoice:
     """Return the prefix for N sequences of T tokens whose largest |down_proj input| in L blocks is given.
 
-    A token is an outlier of a block if its peak exceeds `outlier_ratio` times the median peak of its sequence. The block
-    with the most outliers a sequence (rounded up) says how many tokens are needed; the most frequent outlier tokens are
-    taken, position 0 aside because BOS, which comes last, covers it. A lone candidate seen in fewer than a tenth of the
-    sequences is chance and is dropped (arXiv:2410.05265, section 4.2).
+    A token is an outlier of a block if its peak exceeds `outlier_ratio` times the median peak of its sequence. The
+    block with the most outliers a sequence (rounded up) says how many tokens are needed; the most frequent outlier
+    tokens are taken, position 0 aside because BOS, which comes last, covers it. A lone candidate seen in fewer than a
+    tenth of the sequences is chance and is dropped (arXiv:2410.05265, section 4.2).
     """
     ratio_LNT = peak_LNT / peak_LNT.median(dim=-1, keepdim=True).values.clamp_min(torch.finfo(peak_LNT.dtype).tiny)
     outlier_LNT = ratio_LNT > config.outlier_ratio
@@ -101,7 +103,7 @@ def down_input_peaks(blocks: Iterable[Block], stream_NTD: Tensor, *, batch_size:
         with block.only():
             hook = block.linear(block.family.down).register_forward_pre_hook(observe)
             stream_NTD = run_batched(
-                lambda x, block=block: block(x, None),
+                partial(block, prefix=None),
                 stream_NTD,
                 batch_size,
                 device,

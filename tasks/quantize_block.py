@@ -1,11 +1,15 @@
-"""Quantize one block: search its scales, round its weights, keep what the runtime needs. Letters: N sequences, T tokens,
-D hidden, O outputs and I inputs of a linear."""
+"""Quantize one block: search its scales, round its weights, keep what the runtime needs.
+
+Letters: N sequences, T tokens, D hidden.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from prefixquant.tasks.calibrate import Ranges
 from prefixquant.tasks.errors import NumericalError
 from prefixquant.tasks.model.block import Block, Prefix
@@ -22,7 +26,6 @@ from prefixquant.tasks.search import (
     site_is_searched,
     squared_error,
 )
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class _Quantization:
     ) -> None:
         self.block, self.ranges, self.spec, self.config = block, ranges, weight_spec, config
         self.loss, self.run = loss, run
-        self.originals = {role: block.linear(role).weight.data for role in block.family.linears}
+        self.originals: dict[str, Tensor] = {role: block.linear(role).weight.data for role in block.family.linears}
         self.weights: dict[str, QuantizedWeight] = {}
         self.quantized_sites = [name for name, site in block.sites.items() if site.quantizer is not None]
         self.log: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Fold the norm gains and rotations of a block into its weights (QuaRot, arXiv:2404.00456; SpinQuant, arXiv:2405.16406)."""
+"""Fold norm gains and rotations into the weights (QuaRot, arXiv:2404.00456; SpinQuant, arXiv:2405.16406)."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,11 +7,12 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from prefixquant.kernels.hadamard import hadamard_transform, has_hadamard
 from prefixquant.tasks.errors import ConfigError, UnsupportedModelError
 from prefixquant.tasks.model.checkpoint import check_finite
 from prefixquant.tasks.model.families import ModelFamily
-from torch import Tensor
 
 RotationKind = Literal["hadamard", "orthogonal"]
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.block import Block, Prefix
 from prefixquant.tasks.model.modules import Site
 from prefixquant.tasks.model.quantizer import fake_quantize, weight_groups, weight_scale
 from prefixquant.tasks.model.spec import WeightSpec
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ class SearchConfig:
     """Points of the first grid, equally spaced over [min_ratio, max_ratio]."""
 
     fine_points: int = 6
-    """Points of the second grid, spread over one coarse step on both sides of the best coarse point. 0: no second grid."""
+    """Points of the second grid, over one coarse step on both sides of the best coarse point. 0: no second grid."""
 
     min_ratio: float = 0.25
     """Smallest ratio of the first grid."""

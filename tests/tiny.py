@@ -8,15 +8,16 @@ import json
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
 from prefixquant.tasks.model.block import Block, Prefix
 from prefixquant.tasks.model.families import FAMILIES, ModelFamily
 from prefixquant.tasks.model.sites import OnlineTransforms, head_size
 from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.rotate import Ends, RotateConfig, rotate_block, rotate_ends
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 CPU = torch.device("cpu")
 BOS, EOS = 0, 1
@@ -96,7 +97,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_tiny_model(
-    folder: Path, model_type: str = "llama", *, blocks: int = 4, seed: int = 0, sharded: bool = False, **settings: object
+    folder: Path,
+    model_type: str = "llama",
+    *,
+    blocks: int = 4,
+    seed: int = 0,
+    sharded: bool = False,
+    **settings: object,
 ) -> PreTrainedModel:
     """Write a tiny model and its tokenizer as a Hugging Face folder and return the model."""
     model = tiny_model(tiny_config(model_type, blocks=blocks, **settings), seed)
@@ -142,9 +149,7 @@ def build_blocks(
                 weights, family, head_size(model.config), index, rotate, dtype=torch.float32, device=CPU
             )
         transforms = OnlineTransforms(r3=online.r3, r4=online.r4)
-        blocks.append(
-            Block(model.config, family, index, weights, transforms=transforms, quantize=quantize, device=CPU)
-        )
+        blocks.append(Block(model.config, family, index, weights, transforms=transforms, quantize=quantize, device=CPU))
     return blocks
 
 

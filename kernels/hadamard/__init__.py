@@ -1,7 +1,8 @@
 """Orthonormal Hadamard transform of the last axis."""
 
-from prefixquant.kernels.errors import KernelInputError
 from torch import Tensor
+
+from prefixquant.kernels.errors import KernelInputError
 
 from .reference import hadamard_factors, hadamard_transform_reference
 

@@ -10,9 +10,10 @@ from functools import lru_cache
 
 import torch
 from compressed_tensors.transform.utils import hadamard as known
-from prefixquant.kernels.errors import KernelInputError
 from safetensors import safe_open
 from torch import Tensor
+
+from prefixquant.kernels.errors import KernelInputError
 
 MAX_POWER = 128
 """Largest power-of-two factor taken as one matrix product; larger ones are split."""

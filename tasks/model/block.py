@@ -1,18 +1,23 @@
-"""One decoder block, run through transformers' own model class with a single layer. Letters: B batch, T tokens, D hidden."""
+"""One decoder block, run through transformers' own model class with a single layer.
+
+Letters: N sequences, B batch, P prefix tokens, T tokens, D hidden.
+"""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig
+
 from prefixquant.tasks.errors import NumericalError
 from prefixquant.tasks.model.cache import prefix_cache
 from prefixquant.tasks.model.families import ModelFamily
-from prefixquant.tasks.model.modules import ATTENTION, KeySiteBeforeRope, register_attention
-from prefixquant.tasks.model.sites import OnlineTransforms, Site, install_sites, sites_of
+from prefixquant.tasks.model.modules import ATTENTION, KeySiteBeforeRope, Site, register_attention
+from prefixquant.tasks.model.sites import OnlineTransforms, install_sites, sites_of
 from prefixquant.tasks.model.spec import QuantizeConfig
-from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig
 
 Prefix = tuple[Tensor, Tensor]
 """Keys and values of the prefix in one block, each [KV heads, P, head_dim], as they lie in the cache."""
@@ -91,9 +96,9 @@ class Block(nn.Module):
         """The block's sites by name."""
         return sites_of(self.layer, self.family)
 
-    def linear(self, role: str) -> nn.Module:
+    def linear(self, role: str) -> Any:
         """Return one of the seven linears by its block-relative name."""
-        module = self.layer.get_submodule(role)
+        module: Any = self.layer.get_submodule(role)
         return module.inner if isinstance(module, KeySiteBeforeRope) else module
 
     @contextmanager

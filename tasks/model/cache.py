@@ -3,20 +3,21 @@ tokens, T tokens, C head channels."""
 
 from typing import Any
 
-from prefixquant.kernels.hadamard import hadamard_transform
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from prefixquant.kernels.hadamard import hadamard_transform
+
 
 class PrefixLayer(DynamicLayer):
-    """The cache of one attention module: R3 and the key and value sites of that module act on what `update` receives."""
+    """The cache of one attention module: its R3 and its key and value sites act on what `update` receives."""
 
     def __init__(self, attention: nn.Module, prefix: tuple[Tensor, Tensor] | None, batch_size: int) -> None:
         """Start with prefix keys and values [H, P, C], taken as they are (already rotated), repeated for the batch."""
         super().__init__()
-        self._attention = attention
+        self._attention: Any = attention
         if prefix is not None and prefix[0].shape[1]:
             keys, values = (part.expand(batch_size, *part.shape) for part in prefix)
             self.lazy_initialization(keys, values)
@@ -62,7 +63,7 @@ def attach_prefix(base: nn.Module, attentions: list[nn.Module], prefix: tuple[Te
             kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, prefix[0].shape[2]), mask], dim=1)
         return args, kwargs
 
-    base.new_prefix_cache = lambda batch_size: prefix_cache(attentions, prefix, batch_size)
+    vars(base)["new_prefix_cache"] = lambda batch_size: prefix_cache(attentions, prefix, batch_size)
     base.register_forward_pre_hook(start_behind_prefix, with_kwargs=True)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prefixquant.tasks.errors import CheckpointError, UnsupportedModelError
-from prefixquant.tasks.model.families import ModelFamily, find_family
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from prefixquant.tasks.errors import CheckpointError, UnsupportedModelError
+from prefixquant.tasks.model.families import ModelFamily, find_family
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

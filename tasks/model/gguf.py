@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
 from prefixquant.tasks.errors import CheckpointError
 from prefixquant.tasks.model.checkpoint import Checkpoint, TensorInfo
 from prefixquant.tasks.model.families import ModelFamily, find_family
-from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
 _TOP = {"token_embd": "embedding", "output_norm": "final_norm", "output": "head"}
 _BLOCK = {

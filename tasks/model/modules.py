@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from prefixquant.kernels.hadamard import hadamard_transform
-from prefixquant.tasks.model.quantizer import SiteQuantizer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from prefixquant.kernels.hadamard import hadamard_transform
+from prefixquant.tasks.model.quantizer import SiteQuantizer
 
 ATTENTION = "prefixquant"
 """Name of our attention function in transformers' registry."""
@@ -76,7 +77,7 @@ class SiteLinear(nn.Module):
 
 
 class KeySiteBeforeRope(nn.Module):
-    """Wraps what makes the keys (k_proj, or the norm after it) so that they are quantized before the rotary embedding."""
+    """Wraps what makes the keys (k_proj, or the norm after it): they are quantized before the rotary embedding."""
 
     def __init__(self, inner: nn.Module, site: Site, head_dim: int) -> None:
         super().__init__()

@@ -7,9 +7,10 @@ zero point 0, asymmetric ones in [0, 2^b-1].
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, WeightSpec
-from torch import Tensor, nn
 
 MIN_SCALE = 1e-8
 """Smallest scale, in units of x; keeps an all-zero range from dividing by zero."""
@@ -46,7 +47,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symme
 
 
 class SiteQuantizer(nn.Module):
-    """Fake-quantizes the tensor of one site: an activation [..., channels] or keys/values [batch, heads, tokens, channels].
+    """Fake-quantizes one site: activations [..., channels], keys or values [batch, heads, tokens, channels].
 
     Static: buffers `scale` and `zero_point` hold the calibrated grid. Dynamic: the grid comes from each token's range,
     shrunk by the buffer `clip_ratio`. The buffers' shape follows the granularity (`parameter_shape`).
@@ -57,7 +58,7 @@ class SiteQuantizer(nn.Module):
     clip_ratio: Tensor
 
     def __init__(self, spec: ActivationSpec | KeyValueSpec, channels: int, heads: int | None = None) -> None:
-        """Build for a site of `channels` channels; `heads` is given for keys and values only, `channels` is then a head's."""
+        """Build for `channels` channels; for keys and values, which alone give `heads`, they are a head's."""
         super().__init__()
         if spec.group_size is not None and channels % spec.group_size:
             raise ConfigError(f"group_size {spec.group_size} does not divide the {channels} channels of this site")

@@ -1,4 +1,4 @@
-"""How a quantized block is written: tensors under Hugging Face names, integer weights packed as compressed-tensors does."""
+"""How a quantized block is written: Hugging Face names, integer weights packed as compressed-tensors does."""
 
 from collections.abc import Mapping
 
@@ -33,9 +33,7 @@ def block_tensors(
     """
     prefix = family.block_prefix(block)
     tensors = {
-        prefix + name: tensor
-        for name, tensor in weights.items()
-        if name.removesuffix(".weight") not in quantized
+        prefix + name: tensor for name, tensor in weights.items() if name.removesuffix(".weight") not in quantized
     }
     for role, weight in quantized.items():
         assert spec is not None

@@ -1,6 +1,10 @@
 """The quantization sites of a block: their names, where they sit, and how they are put there."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
 
 from prefixquant.kernels.hadamard import has_hadamard
 from prefixquant.tasks.errors import UnsupportedModelError
@@ -8,8 +12,6 @@ from prefixquant.tasks.model.families import ModelFamily
 from prefixquant.tasks.model.modules import KeySiteBeforeRope, Site, SiteLinear, SiteNorm
 from prefixquant.tasks.model.quantizer import SiteQuantizer
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, QuantizeConfig
-from torch import nn
-from transformers import PretrainedConfig
 
 ATTENTION_INPUT, KEYS, VALUES, O_INPUT, MLP_INPUT, DOWN_INPUT = (
     "attention_input",
@@ -50,7 +52,7 @@ def install_sites(
         return Site(_quantizer(quantize.activations, channels))
 
     for norm in (family.norm1, family.norm2):
-        old = layer.get_submodule(norm)
+        old: Any = layer.get_submodule(norm)
         new = SiteNorm(old.weight.data, config.rms_norm_eps, activation_site(config.hidden_size))
         layer.set_submodule(norm, new)
     for name in family.linears:
@@ -60,7 +62,7 @@ def install_sites(
         hadamard = transforms.r4 and name == family.down
         layer.set_submodule(name, SiteLinear(old.weight.data, bias, site=site, hadamard=hadamard))
 
-    attention = layer.get_submodule(family.attention)
+    attention: Any = layer.get_submodule(family.attention)
     heads, head_dim = config.num_key_value_heads, head_size(config)
     attention.rotate_queries = transforms.r3
     attention.value_site = Site(_quantizer(quantize.values, head_dim, heads))
@@ -81,16 +83,21 @@ def _quantizer(
 
 def sites_of(layer: nn.Module, family: ModelFamily) -> dict[str, Site]:
     """Return a block's sites by name, in the order data flows through them."""
-    attention = layer.get_submodule(family.attention)
+    attention: Any = layer.get_submodule(family.attention)
     source = layer.get_submodule(family.key_norm or family.k)
+    norm1, norm2, o, down = (_any(layer, name) for name in (family.norm1, family.norm2, family.o, family.down))
     return {
-        ATTENTION_INPUT: layer.get_submodule(family.norm1).site,
+        ATTENTION_INPUT: norm1.site,
         KEYS: source.site if isinstance(source, KeySiteBeforeRope) else attention.key_site,
         VALUES: attention.value_site,
-        O_INPUT: layer.get_submodule(family.o).site,
-        MLP_INPUT: layer.get_submodule(family.norm2).site,
-        DOWN_INPUT: layer.get_submodule(family.down).site,
+        O_INPUT: o.site,
+        MLP_INPUT: norm2.site,
+        DOWN_INPUT: down.site,
     }
+
+
+def _any(layer: nn.Module, name: str) -> Any:
+    return layer.get_submodule(name)
 
 
 def head_size(config: PretrainedConfig) -> int:

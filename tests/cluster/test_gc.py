@@ -6,6 +6,7 @@ import time
 import uuid
 
 import pytest
+
 from prefixquant.cluster.errors import ArtifactCorrupted
 from prefixquant.cluster.gc import GcReport, collect_garbage
 from prefixquant.cluster.store import ArtifactStore

@@ -11,6 +11,8 @@ import uuid
 
 import fsspec
 import pytest
+from ray.exceptions import RayTaskError
+
 from prefixquant.cluster.store import (
     ArtifactCorrupted,
     ArtifactError,
@@ -18,7 +20,6 @@ from prefixquant.cluster.store import (
     ArtifactStore,
     StoreUnwritable,
 )
-from ray.exceptions import RayTaskError
 
 KEY, OTHER_KEY = (hashlib.sha256(text).hexdigest() for text in (b"first", b"second"))
 

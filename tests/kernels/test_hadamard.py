@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.hadamard import hadamard_factors, hadamard_transform, has_hadamard
 
@@ -70,5 +71,5 @@ def test_hadamard_transform_refuses_a_size_without_a_known_matrix(n):
 
 
 def test_hadamard_transform_refuses_integers():
-    with pytest.raises(KernelInputError, match="floating-point tensor, got torch.int32"):
+    with pytest.raises(KernelInputError, match=r"floating-point tensor, got torch\.int32"):
         hadamard_transform(torch.ones(2, 4, dtype=torch.int32))

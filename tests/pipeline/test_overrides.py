@@ -1,4 +1,5 @@
 import pytest
+
 from prefixquant.pipeline.overrides import apply_overrides, read_yaml
 from prefixquant.tasks.errors import ConfigError
 

@@ -4,6 +4,7 @@ from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
+
 from prefixquant.pipeline.overrides import apply_overrides
 from prefixquant.pipeline.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, shipped_recipes
 from prefixquant.tasks.calibrate import CalibrateConfig

@@ -2,6 +2,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+
 from prefixquant.pipeline.schema import build, schema_of
 from prefixquant.tasks.errors import ConfigError
 

@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+
 from prefixquant.pipeline.tracking import FLUSH_POINTS, LONG_PARAMS_FILE, Tracker, TrackingError, flatten, list_runs
 
 EXPERIMENT = "prefixquant"

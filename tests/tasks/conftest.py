@@ -1,21 +1,24 @@
-"""Makes tests/tiny.py importable as `tiny` and finds the real model."""
+"""What the tests of tasks share."""
 
-import os
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).resolve().parents[1]
-if str(TESTS) not in sys.path:
-    sys.path.insert(0, str(TESTS))
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """The SmolLM2-135M-Instruct GGUF file: PREFIXQUANT_TEST_MODEL, or where `make model` puts it."""
-    default = TESTS.parent / ".cache" / "model" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    path = Path(os.environ.get("PREFIXQUANT_TEST_MODEL", default))
-    if not path.is_file():
-        pytest.skip(f"{path} is missing: run make model")
-    return path
+def smollm2_model(smollm2: Path) -> PreTrainedModel:
+    """SmolLM2 as transformers reads it, float32. Not to be changed."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread for tiny models: on busy cores the threads of a small product wait longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if request.node.get_closest_marker("real_model") else 1)
+    yield
+    torch.set_num_threads(before)

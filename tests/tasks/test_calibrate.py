@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+
 from prefixquant.tasks.calibrate import CalibrateConfig, RangeObserver, calibrate_blocks
 from prefixquant.tasks.errors import ConfigError, NumericalError
 from prefixquant.tasks.find_prefix import prefix_key_values

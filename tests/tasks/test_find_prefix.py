@@ -1,6 +1,11 @@
+from pydoc_data.topics import topics
+
 import pytest
 import tiny
 import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.find_prefix import (
     FindPrefixConfig,
@@ -10,13 +15,12 @@ from prefixquant.tasks.find_prefix import (
     prefix_key_values,
 )
 from prefixquant.tasks.rotate import RotateConfig
-from torch import Tensor
 
 BOS, DOT, BREAK, COMMA = 1, 46, 10, 44
 
 
 def choose(peaks: dict[tuple[int, int, int], float], *, tokens: dict[tuple[int, int], int], **settings) -> PrefixChoice:
-    """Choose among 20 sequences of 9 tokens in 3 blocks: all peaks are 1 but those given by (block, sequence, position)."""
+    """Choose among 20 sequences of 9 tokens in 3 blocks; peaks are 1 but those given by (block, sequence, position)."""
     ids = torch.arange(100, 109).repeat(20, 1)
     for place, token in tokens.items():
         ids[place] = token
@@ -90,7 +94,9 @@ def test_bos_inside_a_sequence_is_not_taken_twice():
     assert choose(peaks, tokens=tokens).token_ids == (DOT, BOS)
 
 
-@pytest.mark.parametrize(("limit", "wanted"), [(1, (BOS,)), (2, (DOT, BOS)), (3, (DOT, BREAK, BOS)), (9, (DOT, BREAK, BOS))])
+@pytest.mark.parametrize(
+    ("limit", "wanted"), [(1, (BOS,)), (2, (DOT, BOS)), (3, (DOT, BREAK, BOS)), (9, (DOT, BREAK, BOS))]
+)
 def test_max_tokens_counts_bos(limit, wanted):
     peaks, tokens = merged(everywhere(BREAK, 5, 12), everywhere(DOT, 3))
     assert choose(peaks, tokens=tokens, max_tokens=limit).token_ids == wanted
@@ -146,6 +152,19 @@ def test_prefix_key_values_are_transformers_cache():
     cache = model(ids.unsqueeze(0), use_cache=True).past_key_values
     torch.testing.assert_close(keys, torch.cat([layer.keys for layer in cache.layers]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(values, torch.cat([layer.values for layer in cache.layers]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.real_model
+def test_real_prefix_holds_its_delimiter_and_ends_with_bos(smollm2, smollm2_model):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    text = "\n\n".join(topics.values())[:60_000]
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0, : 16 * 256].reshape(16, 256)
+    stream = tiny.build_ends(smollm2_model).embedding[ids]
+    peaks = down_input_peaks(tiny.build_blocks(smollm2_model), stream, batch_size=4, device=tiny.CPU)
+    choice = choose_prefix(ids, peaks, tokenizer.bos_token_id, FindPrefixConfig())
+    assert choice.token_ids[-1] == tokenizer.bos_token_id == 1
+    assert 260 in choice.token_ids
+    assert max(choice.peak_ratio) > 1000  # the phenomenon the method lives on
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from torch import Tensor
+
 from prefixquant.tasks.calibrate import CalibrateConfig, Ranges, calibrate_blocks
 from prefixquant.tasks.errors import NumericalError
 from prefixquant.tasks.find_prefix import prefix_key_values
@@ -13,7 +15,6 @@ from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, QuantizeC
 from prefixquant.tasks.quantize_block import BlockResult, quantize_block
 from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.search import SearchConfig
-from torch import Tensor
 
 STATIC = QuantizeConfig()
 DYNAMIC = QuantizeConfig(
@@ -22,7 +23,10 @@ DYNAMIC = QuantizeConfig(
     values=KeyValueSpec(mode="dynamic", granularity="group", group_size=8),
 )
 EIGHT_BITS = QuantizeConfig(
-    weights=WeightSpec(bits=8), activations=ActivationSpec(bits=8), keys=KeyValueSpec(bits=8), values=KeyValueSpec(bits=8)
+    weights=WeightSpec(bits=8),
+    activations=ActivationSpec(bits=8),
+    keys=KeyValueSpec(bits=8),
+    values=KeyValueSpec(bits=8),
 )
 SEARCH = SearchConfig(coarse_points=5, fine_points=3, weight_points=10)
 
@@ -32,7 +36,10 @@ class Prepared:
 
     def __init__(self, quantize: QuantizeConfig, variant: str = "llama") -> None:
         model = tiny.tiny_variant(variant)
-        blocks, embedding = tiny.build_blocks(model, RotateConfig(), quantize), tiny.build_ends(model, RotateConfig()).embedding
+        blocks, embedding = (
+            tiny.build_blocks(model, RotateConfig(), quantize),
+            tiny.build_ends(model, RotateConfig()).embedding,
+        )
         stacked = prefix_key_values(blocks, embedding[[77, tiny.BOS]], device=tiny.CPU)
         stream = embedding[tiny.random_ids(6, 17)]
         ranges = calibrate_blocks(blocks, stacked, stream, CalibrateConfig(ema=0.5), batch_size=3, device=tiny.CPU)
@@ -74,7 +81,12 @@ def test_eight_bits_cost_less_than_a_thousandth():
 def test_more_bits_cost_less():
     errors = []
     for bits in (3, 4, 6, 8):
-        quantize = QuantizeConfig(**{name: replace(getattr(EIGHT_BITS, name), bits=bits) for name in ("weights", "activations", "keys", "values")})
+        quantize = QuantizeConfig(
+            **{
+                name: replace(getattr(EIGHT_BITS, name), bits=bits)
+                for name in ("weights", "activations", "keys", "values")
+            }
+        )
         errors.append(Prepared(quantize).quantize().error)
     assert errors == sorted(errors, reverse=True)
 
@@ -165,6 +177,21 @@ def test_quantizers_outside_the_named_sites_are_enabled_again():
     prepared = Prepared(STATIC)
     prepared.quantize()
     assert all(site.enabled for site in prepared.block.sites.values())
+
+
+def test_each_site_is_searched_behind_those_before_it():
+    prepared = Prepared(STATIC)
+    states: list[tuple[str, ...]] = []
+
+    def note_enabled(_x: Tensor) -> None:
+        now = tuple(name for name, site in prepared.block.sites.items() if site.enabled)
+        if not states or states[-1] != now:
+            states.append(now)
+
+    prepared.block.sites["attention_input"].observer = note_enabled
+    prepared.quantize()
+    # the target, the error before the search, the inputs of the linears; then site after site
+    assert states == [(), ALL_SITES, (), *(ALL_SITES[: count + 1] for count in range(6))]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

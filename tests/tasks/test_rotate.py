@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+
 from prefixquant.tasks.errors import ConfigError, NumericalError, UnsupportedModelError
 from prefixquant.tasks.model.families import LLAMA
 from prefixquant.tasks.rotate import Ends, RotateConfig, Rotation, rotate_block, rotate_ends
@@ -68,9 +69,9 @@ def test_rotate_block_leaves_its_input_and_uses_another_r2_for_each_block():
 
 
 def test_rotate_block_gives_the_dtype_asked_for():
-    assert {tensor.dtype for tensor in rotated(tiny.tiny_variant("llama"), RotateConfig(), dtype=torch.bfloat16).values()} == {
-        torch.bfloat16
-    }
+    assert {
+        tensor.dtype for tensor in rotated(tiny.tiny_variant("llama"), RotateConfig(), dtype=torch.bfloat16).values()
+    } == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -101,6 +102,13 @@ def test_rotate_ends_gives_the_same_in_pieces_and_unties():
     torch.testing.assert_close(pieces.head, whole.head)
     assert (whole.embedding - whole.head).abs().max() > 0.01
     assert torch.equal(whole.gain, torch.ones(48))
+
+
+@pytest.mark.real_model
+def test_rotation_of_a_real_model_keeps_its_logits(smollm2_model):
+    ids = torch.randint(2, 49152, (1, 48), generator=torch.Generator().manual_seed(0))
+    logits = tiny.chain_logits(smollm2_model, ids, RotateConfig())
+    assert tiny.relative_error(logits, smollm2_model(ids).logits) < EXACT
 
 
 def test_rotation_refuses_a_size_without_hadamard_matrix():

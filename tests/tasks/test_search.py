@@ -3,6 +3,8 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from torch import Tensor
+
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.modules import Site
 from prefixquant.tasks.model.quantizer import SiteQuantizer, fake_quantize, weight_groups, weight_scale
@@ -18,7 +20,6 @@ from prefixquant.tasks.search import (
     site_is_searched,
     squared_error,
 )
-from torch import Tensor
 
 CONFIG = SearchConfig(weight_points=21, weight_min_ratio=0.3)
 RATIOS = torch.linspace(1.0, 0.3, 21).tolist()
@@ -36,7 +37,9 @@ def layer() -> tuple[Tensor, Tensor]:
 
 def rounded(weight: Tensor, spec: WeightSpec, ratio: float) -> Tensor:
     scale, zero_point = weight_scale(weight, spec, ratio)
-    return fake_quantize(weight_groups(weight, spec), scale, zero_point, spec.bits, spec.symmetric).reshape(weight.shape)
+    return fake_quantize(weight_groups(weight, spec), scale, zero_point, spec.bits, spec.symmetric).reshape(
+        weight.shape
+    )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -1,13 +1,14 @@
 import pytest
 import tiny
 import torch
+from torch import Tensor
+
 from prefixquant.tasks.errors import NumericalError
 from prefixquant.tasks.find_prefix import prefix_key_values
 from prefixquant.tasks.model.block import Prefix, block_prefix, run_batched, single_block_config
 from prefixquant.tasks.model.sites import ALL_SITES
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, QuantizeConfig
 from prefixquant.tasks.rotate import RotateConfig
-from torch import Tensor
 
 EXACT = 1e-5  # float32 roundings over two blocks
 DYNAMIC = QuantizeConfig(
@@ -119,9 +120,14 @@ def test_each_site_alone_changes_the_output(name):
 def test_only_restores_what_was_set_even_after_an_error():
     block = one_block(quantize=DYNAMIC)
     block.sites["values"].enabled = False
-    with pytest.raises(RuntimeError, match="inside"), block.only("keys"), block.only("values", "o_input"):
-        assert [name for name, site in block.sites.items() if site.enabled] == ["values", "o_input"]
-        raise RuntimeError("inside")
+
+    def fail_inside() -> None:
+        with block.only("keys"), block.only("values", "o_input"):
+            assert [name for name, site in block.sites.items() if site.enabled] == ["values", "o_input"]
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     assert [name for name, site in block.sites.items() if not site.enabled] == ["values"]
 
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from torch import Tensor, nn
+
 from prefixquant.kernels.hadamard import hadamard_transform
 from prefixquant.tasks.model.cache import prefix_cache
 from prefixquant.tasks.model.modules import Site
 from prefixquant.tasks.model.quantizer import SiteQuantizer
 from prefixquant.tasks.model.spec import KeyValueSpec
-from torch import Tensor, nn
 
 
 def attention(*, rotate: bool = False, bits: int | None = None) -> nn.Module:

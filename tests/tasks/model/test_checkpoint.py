@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
+
 from prefixquant.tasks.errors import CheckpointError, NumericalError, UnsupportedModelError
 from prefixquant.tasks.model.checkpoint import INDEX_FILE, SINGLE_FILE, check_checkpoint, check_finite, open_checkpoint
 from prefixquant.tasks.model.families import LLAMA
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -90,7 +91,9 @@ def test_truncated_shard_is_named_when_opened(sharded):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     size = shard.stat().st_size
     truncate(shard, size - 4)
-    with pytest.raises(CheckpointError, match=f"{shard.name} is truncated: its header needs {size} bytes, it has {size - 4}"):
+    with pytest.raises(
+        CheckpointError, match=f"{shard.name} is truncated: its header needs {size} bytes, it has {size - 4}"
+    ):
         open_checkpoint(sharded)
 
 
@@ -136,7 +139,9 @@ def test_missing_head_of_untied_embeddings_is_named(single):
 
 def test_shape_that_contradicts_the_config_is_named(single):
     tiny.edit_config(single, intermediate_size=128)
-    with pytest.raises(CheckpointError, match=r"gate_proj\.weight has shape \[96, 48\], its config implies \[128, 48\]"):
+    with pytest.raises(
+        CheckpointError, match=r"gate_proj\.weight has shape \[96, 48\], its config implies \[128, 48\]"
+    ):
         check_checkpoint(open_checkpoint(single))
 
 
@@ -172,7 +177,7 @@ def test_damaged_config_is_named(single):
 
 def test_other_head_on_a_known_decoder_is_refused(single):
     tiny.edit_config(single, architectures=["LlamaForSequenceClassification"])
-    with pytest.raises(UnsupportedModelError, match="LlamaForSequenceClassification.*is not LlamaForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForSequenceClassification.*is not LlamaForCausalLM"):
         check_checkpoint(open_checkpoint(single))
 
 

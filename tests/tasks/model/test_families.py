@@ -1,10 +1,10 @@
 import pytest
 import tiny
-import torch
+from torch import nn
+
 from prefixquant.tasks.errors import UnsupportedModelError
 from prefixquant.tasks.model.families import FAMILIES, find_family
 from prefixquant.tasks.rotate import RotateConfig
-from torch import nn
 
 EXACT = 1e-5  # float32 roundings over two blocks of sums of up to 96 terms
 

@@ -1,12 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
 from prefixquant.kernels.hadamard import hadamard_transform
 from prefixquant.tasks.model.modules import ATTENTION, Site, SiteLinear, SiteNorm, attention, register_attention
 from prefixquant.tasks.model.quantizer import SiteQuantizer
 from prefixquant.tasks.model.spec import ActivationSpec
-from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

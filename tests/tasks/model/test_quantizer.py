@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch import Tensor
+
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.quantizer import (
     SiteQuantizer,
@@ -11,7 +13,6 @@ from prefixquant.tasks.model.quantizer import (
     weight_scale,
 )
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, WeightSpec
-from torch import Tensor
 
 HALF = 0.5 + 1e-4  # of a scale; float32 roundings on top
 BITS = pytest.mark.parametrize("bits", range(2, 9))
@@ -53,7 +54,11 @@ def sharing(x: Tensor, name: str) -> Tensor:
     grouped = x.unflatten(-1, (-1, 8))
     if mode == "dynamic":
         return grouped.flatten(0, -2)
-    return grouped.permute(2, 0, 1, 3).flatten(1) if x.ndim == 3 else grouped.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+    return (
+        grouped.permute(2, 0, 1, 3).flatten(1)
+        if x.ndim == 3
+        else grouped.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+    )
 
 
 def calibrated(quantizer: SiteQuantizer, x: Tensor) -> SiteQuantizer:

@@ -3,6 +3,8 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from torch import Tensor
+
 from prefixquant.kernels.hadamard import hadamard_transform
 from prefixquant.tasks.errors import UnsupportedModelError
 from prefixquant.tasks.model.block import Block
@@ -10,7 +12,6 @@ from prefixquant.tasks.model.cache import prefix_cache
 from prefixquant.tasks.model.sites import ALL_SITES, KEYS, OnlineTransforms, check_transforms
 from prefixquant.tasks.model.spec import KeyValueSpec, QuantizeConfig
 from prefixquant.tasks.rotate import RotateConfig
-from torch import Tensor
 
 DYNAMIC = KeyValueSpec(mode="dynamic", bits=3)
 KEYS_ALONE = QuantizeConfig(weights=None, activations=None, values=None, keys=DYNAMIC)

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, QuantizeConfig, WeightSpec
 
@@ -16,7 +17,7 @@ def test_spec_refuses_bits_outside_2_to_8(kind, bits):
 
 @KINDS
 def test_spec_refuses_a_group_size_without_group_granularity(kind):
-    with pytest.raises(ConfigError, match="group_size goes with granularity 'group'.*group_size 32"):
+    with pytest.raises(ConfigError, match=r"group_size goes with granularity 'group'.*group_size 32"):
         kind(group_size=32)
 
 

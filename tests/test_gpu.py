@@ -1,0 +1,78 @@
+"""What a GPU must not change: run with `pytest -m gpu` on a machine that has one."""
+
+import pytest
+import tiny
+import torch
+
+from prefixquant.kernels.hadamard import hadamard_transform
+from prefixquant.tasks.calibrate import CalibrateConfig, calibrate_blocks
+from prefixquant.tasks.evaluate import perplexity
+from prefixquant.tasks.find_prefix import down_input_peaks, prefix_key_values
+from prefixquant.tasks.model.block import Block, block_prefix
+from prefixquant.tasks.model.sites import OnlineTransforms
+from prefixquant.tasks.model.spec import QuantizeConfig
+from prefixquant.tasks.quantize_block import quantize_block
+from prefixquant.tasks.rotate import RotateConfig, rotate_block
+from prefixquant.tasks.search import SearchConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+CUDA = torch.device("cuda")
+
+
+def block_on(device: torch.device) -> tuple[Block, torch.Tensor]:
+    model = tiny.tiny_variant("llama")
+    family = tiny.FAMILIES["llama"]
+    weights = {name: tensor for name, tensor in model.model.layers[0].state_dict().items()}
+    rotated = rotate_block(weights, family, 16, 0, RotateConfig(), dtype=torch.float32, device=device)
+    transforms = OnlineTransforms(r3=True, r4=True)
+    block = Block(model.config, family, 0, rotated, transforms=transforms, quantize=QuantizeConfig(), device=device)
+    stream = torch.randn(4, 32, 48, generator=torch.Generator().manual_seed(0))
+    return block, stream.to(device)
+
+
+@pytest.mark.parametrize("n", [64, 1536, 14336])
+def test_hadamard_transform_on_gpu_equals_float64_on_cpu(n):
+    x = torch.randn(5, n, generator=torch.Generator().manual_seed(0))
+    wanted = hadamard_transform(x.double())
+    found = hadamard_transform(x.to(CUDA)).cpu().double()
+    assert (found - wanted).norm() / wanted.norm() < 1e-6  # float32 arithmetic
+
+
+def test_prefix_search_and_keys_on_gpu_equal_cpu():
+    for function in (down_peaks, prefix_keys):
+        torch.testing.assert_close(function(CUDA), function(tiny.CPU), rtol=1e-4, atol=1e-4)
+
+
+def down_peaks(device: torch.device) -> torch.Tensor:
+    block, stream = block_on(device)
+    return down_input_peaks([block], stream, batch_size=2, device=device)
+
+
+def prefix_keys(device: torch.device) -> torch.Tensor:
+    block, stream = block_on(device)
+    return prefix_key_values([block], stream[0, :3], device=device)[0]
+
+
+def test_quantize_block_on_gpu_finds_the_error_of_the_cpu():
+    errors = []
+    for device in (CUDA, tiny.CPU):
+        block, stream = block_on(device)
+        prefix = prefix_key_values([block], stream[0, :3], device=device)
+        ranges = calibrate_blocks([block], prefix, stream, CalibrateConfig(), batch_size=2, device=device)[0]
+        own = block_prefix(prefix, 0, device)
+        spec = QuantizeConfig().weights
+        errors.append(quantize_block(block, ranges, stream, own, spec, SearchConfig(), batch_size=2).error)
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)  # a value on a rounding boundary may move one code
+
+
+def test_perplexity_on_gpu_equals_cpu():
+    model = tiny.tiny_variant("llama")
+    windows = tiny.random_ids(3, 24)
+    found = []
+    for device in (CUDA, tiny.CPU):
+        blocks = [(block.to(device), None) for block in tiny.build_blocks(model, RotateConfig(), None)]
+        found.append(perplexity(blocks, tiny.build_ends(model, RotateConfig()), 1e-3, windows, device=device).ppl)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
