@@ -1,6 +1,6 @@
 """From a recipe and a model to the graph of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def load_node(source: Source) -> Node:
 
 
 def build_graph(recipe: Recipe, source: Source, model: LoadedModel) -> Graph:
-    """Return the graph of a run; its targets are `targets(recipe)`.
+    """Return the graph of a run; its targets are `targets(graph)`.
 
     Raises:
         ConfigError, UnsupportedModelError: recipe and model do not go together.
@@ -69,9 +69,12 @@ def build_graph(recipe: Recipe, source: Source, model: LoadedModel) -> Graph:
     return graph
 
 
-def targets(recipe: Recipe) -> tuple[str, ...]:
-    """Return the names of the nodes that a run is for."""
-    return ("export", "report")
+def targets(graph: Graph) -> tuple[str, ...]:
+    """Return the names of the nodes that a run is for: report, export, and what the export is made of.
+
+    The output folder's shards are the artifacts the export describes, so those are wanted even if the export is there.
+    """
+    return ("export", *graph.parents("export"), "report")
 
 
 def check_fit(recipe: Recipe, model: LoadedModel) -> None:
@@ -112,6 +115,7 @@ class _Builder:
         self.dtype = model.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
         self.transforms = _transforms(recipe)
         self.shape = Shape.of(model, self.dtype, recipe)
+        self.labels = text_labels(recipe.evaluate.texts)
         self.rotated = tuple(f"rotate[{block}]" for block in range(model.num_blocks))
 
     def nodes(self) -> list[Node]:
@@ -140,7 +144,8 @@ class _Builder:
             ("tokens[statistics]", calibration, recipe.statistics_windows, "data.statistics"),
             ("tokens[search]", calibration, recipe.search_windows, "data.search"),
         ]
-        wanted += [(f"tokens[{t.source}]", t, recipe.perplexity, "evaluate") for t in recipe.evaluation_texts]
+        texts = zip(self.labels, recipe.evaluation_texts, strict=True)
+        wanted += [(f"tokens[{label}]", text, recipe.perplexity, "evaluate") for label, text in texts]
         fingerprints = {text: source_fingerprint(text) for _, text, _, _ in wanted}
         return [
             self._node(
@@ -265,7 +270,7 @@ class _Builder:
                 inputs={"load": "load", "windows": f"tokens[{text}]", **of_variant},
                 resources=COMPUTE,
             )
-            for text in self.recipe.evaluate.texts
+            for text in self.labels
         ]
 
     def _report(self, evaluated: list[Node]) -> Node:
@@ -274,9 +279,15 @@ class _Builder:
         return self._node(
             name="report",
             task=REPORT,
-            config=ReportNode(name=self.recipe.name, texts=self.recipe.evaluate.texts),
+            config=ReportNode(name=self.recipe.name, texts=self.labels),
             inputs=inputs,
         )
+
+
+def text_labels(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return a short name for each text: a file's name without its folder, numbered where two are the same."""
+    names = [Path(text).name for text in texts]
+    return tuple(name if names.count(name) == 1 else f"{name}#{index}" for index, name in enumerate(names, start=1))
 
 
 def _absolute(text: TextConfig) -> TextConfig:

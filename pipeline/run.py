@@ -3,14 +3,14 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from prefixquant.cluster.ray_session import RaySession, connect
-from prefixquant.cluster.store import ArtifactError, ArtifactStore
+from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactStore, StoreUnwritable
 from prefixquant.pipeline.artifacts import load_artifact
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
 from prefixquant.pipeline.graph import Graph
@@ -28,6 +28,7 @@ from prefixquant.tasks.load import LoadedModel, load_model
 EXPERIMENT = "prefixquant"
 
 _SHOWN_FAILURES = 3
+_MAX_REPAIRS = 10  # of artifacts that this process finds damaged
 
 
 class RunFailedError(PrefixQuantError):
@@ -118,7 +119,7 @@ def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
     key = alone.key("load")
     model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
     graph = build_graph(recipe, source, model)
-    return graph, make_plan(graph, targets(recipe), store, _previous(store, recipe.name))
+    return graph, make_plan(graph, targets(graph), store, _previous(store, recipe.name))
 
 
 def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
@@ -135,15 +136,35 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
         check_output(options.out)
     store = open_store(options.store)
     source = prepare(recipe)
+    repairs = 0
     with _lazy_session(options) as session:
-        loading = Graph([load_node(source)])
-        if not store.has(loading.key("load")):
-            _require(execute(loading, ["load"], store, session(), on_event=_ignore))
-        model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
-        graph = build_graph(recipe, source, model)
-        run = _Tracked(recipe, graph, store, options)
-        plan = make_plan(graph, targets(recipe), store, _previous(store, recipe.name))
-        result = run.execute(plan, session)
+        while True:
+            try:
+                return _run_once(recipe, options, store, source, session, start)
+            except ArtifactCorrupted as err:
+                # Found by this process; the runner repairs what a task finds. Discarded, it is built again.
+                repairs += 1
+                if err.key is None or err.name is None or repairs > _MAX_REPAIRS:
+                    raise
+                store.discard(err.key)
+
+
+def _run_once(
+    recipe: Recipe,
+    options: RunOptions,
+    store: ArtifactStore,
+    source: Source,
+    session: Callable[[], RaySession],
+    start: float,
+) -> RunSummary:
+    loading = Graph([load_node(source)])
+    if not store.has(loading.key("load")):
+        _require(execute(loading, ["load"], store, session(), on_event=_ignore))
+    model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
+    graph = build_graph(recipe, source, model)
+    run = _Tracked(recipe, graph, store, options)
+    plan = make_plan(graph, targets(graph), store, _previous(store, recipe.name))
+    result = run.execute(plan, session)
     record = load_artifact(store, graph.key("report")).record
     if options.out is not None:
         materialize(graph, store, options.out, model.num_blocks)
@@ -212,7 +233,7 @@ class _Tracked:
 
     def __init__(self, recipe: Recipe, graph: Graph, store: ArtifactStore, options: RunOptions) -> None:
         self.recipe, self.graph, self.store, self.options = recipe, graph, store, options
-        wanted = "".join(graph.key(name) for name in targets(recipe))
+        wanted = "".join(graph.key(name) for name in targets(graph))
         self.run_id = f"{recipe.name}-{hashlib.sha256(wanted.encode()).hexdigest()[:10]}"
         self.tracker = Tracker()
         known = self.store.read_ref(self.run_id) if self.run_id in self.store.run_ids() else {}
@@ -240,11 +261,12 @@ class _Tracked:
                     progress(event)
                     self._track(event)
 
-                result = execute(self.graph, targets(self.recipe), self.store, session(), on_event=on_event)
+                result = execute(self.graph, targets(self.graph), self.store, session(), on_event=on_event)
             _require(result)
         except BaseException:
             interrupted = result is not None and result.interrupted
-            self._write_ref("interrupted" if interrupted else "failed")
+            with suppress(StoreUnwritable):  # on a full disk it would hide which task failed
+                self._write_ref("interrupted" if interrupted else "failed")
             self.tracker.finish("KILLED" if interrupted else "FAILED")
             raise
         return result

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from prefixquant.tasks.errors import CheckpointError
 from prefixquant.tasks.load import CONFIG, LoadedModel
@@ -84,7 +84,7 @@ def load_quantized(folder: str | Path, *, device: str | torch.device = "cpu") ->
     """
     folder, device = Path(folder), torch.device(device)
     description = _read_description(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = _read_config(folder)
     family = find_family(config.model_type)
     quantize = _quantize_config(description["quantize"])
     transforms = OnlineTransforms(**description["transforms"])
@@ -96,7 +96,10 @@ def load_quantized(folder: str | Path, *, device: str | torch.device = "cpu") ->
     shapes = block_shapes(config, 0)
     for index, layer in enumerate(blocks):
         stored = _read_shard(folder / block_file(index))
-        weights, sites = block_weights(stored, shapes, family, index, quantize.weights, dtype)
+        try:
+            weights, sites = block_weights(stored, shapes, family, index, quantize.weights, dtype)
+        except KeyError as err:
+            raise CheckpointError(f"{folder / block_file(index)} holds no tensor {err}; run the recipe again") from err
         layer.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
         install_sites(layer, config, family, transforms=transforms, quantize=quantize)
         load_sites(sites_of(layer, family), {s: {n: t.to(device) for n, t in p.items()} for s, p in sites.items()})
@@ -122,9 +125,18 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: {DESCRIPTION} cannot be read ({err}); run the recipe again") from err
     if description.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder}: {DESCRIPTION} has format {description.get('format')}, this version reads {FORMAT}"
+            f"{folder}: {DESCRIPTION} has format {description.get('format')}, this version reads {FORMAT}; "
+            f"run the recipe again"
         )
     return description
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as err:
+        reason = str(err).splitlines()[0]
+        raise CheckpointError(f"{folder}: {CONFIG} cannot be read ({reason}); run the recipe again") from err
 
 
 def _quantize_config(values: Mapping[str, Any]) -> QuantizeConfig:

@@ -73,7 +73,9 @@ def choose_prefix(token_ids_NT: Tensor, peak_LNT: Tensor, bos_token_id: int, con
     inner = outlier_LNT.clone()
     inner[..., 0] = False
     ids, counts = token_ids_NT.expand_as(inner)[inner].unique(return_counts=True)
-    ranked = ids[counts.argsort(descending=True, stable=True)].tolist()
+    order = counts.argsort(descending=True, stable=True)
+    ranked, ranked_counts = ids[order].tolist(), counts[order].tolist()
+    found = dict(zip(ranked, ranked_counts, strict=True))
     sequences_hit = inner.any(0).any(-1).float().mean().item()
     if len(ranked) == 1 and sequences_hit < 0.1:
         ranked = []
@@ -82,7 +84,7 @@ def choose_prefix(token_ids_NT: Tensor, peak_LNT: Tensor, bos_token_id: int, con
         chosen = chosen[: config.max_tokens - 1]
     return PrefixChoice(
         token_ids=(*chosen, bos_token_id),
-        counts=dict(zip(ids.tolist(), counts.tolist(), strict=True)),
+        counts=found,
         outliers_per_sequence=tuple(per_sequence_L.tolist()),
         peak_ratio=tuple(ratio_LNT.amax((1, 2)).tolist()),
     )

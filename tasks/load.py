@@ -65,9 +65,19 @@ class LoadedModel:
             return AutoTokenizer.from_pretrained(folder)
 
 
-@lru_cache(maxsize=2)
 def cached_checkpoint(path: str) -> Checkpoint:
-    """Return the checkpoint at a path, opened once a process: a GGUF header takes seconds to parse."""
+    """Return the checkpoint at a path, opened once a process: a GGUF header takes seconds to parse.
+
+    Files that have changed since are opened anew.
+    """
+    source = Path(path)
+    files = sorted(source.iterdir()) if source.is_dir() else [source] if source.exists() else []
+    status = ((file.name, file.stat()) for file in files if file.is_file())
+    return _open(path, tuple((name, each.st_size, each.st_mtime_ns) for name, each in status))
+
+
+@lru_cache(maxsize=2)
+def _open(path: str, identity: tuple[tuple[str, int, int], ...]) -> Checkpoint:
     return open_checkpoint(Path(path))
 
 

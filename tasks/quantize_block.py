@@ -137,7 +137,7 @@ def quantize_block(
     """
     with block.only():
         target = block_output(block, stream_NTD, prefix, batch_size)
-    norm = float(target.float().square().sum(dtype=torch.float64))
+    norm = float(target.float().square().sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny))
     if not norm < float("inf"):
         raise NumericalError(f"block {block.index}: its full-precision output holds NaN or infinite values")
     state = _Quantization(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefixquant.kernels.hadamard import hadamard_transform, has_hadamard
-from prefixquant.tasks.errors import ConfigError, UnsupportedModelError
+from prefixquant.tasks.errors import ConfigError, NumericalError, UnsupportedModelError
 from prefixquant.tasks.model.checkpoint import check_finite
 from prefixquant.tasks.model.families import ModelFamily
 
@@ -97,7 +97,7 @@ def rotate_block(
     With R4 on, down_proj expects its input transformed online; with R1 on, the stream must be rotated (`rotate_ends`).
 
     Raises:
-        NumericalError: a weight is NaN or infinite.
+        NumericalError: a weight is NaN or infinite, or becomes so in `dtype`.
         UnsupportedModelError: a size has no known Hadamard matrix.
     """
     check_finite(weights.items(), f"block {block}")
@@ -128,7 +128,19 @@ def rotate_block(
 
     if config.r4:
         w[f"{family.down}.weight"] = hadamard_transform(w[f"{family.down}.weight"])
-    return {name: tensor.to(device="cpu", dtype=dtype).contiguous() for name, tensor in w.items()}
+    return {name: _cast(tensor, dtype, f"block {block}: {name}").contiguous() for name, tensor in w.items()}
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """Return the tensor in `dtype`, on the CPU; NumericalError if a value lies beyond the type's range."""
+    cast = tensor.to(device="cpu", dtype=dtype)
+    if not torch.isfinite(cast).all():
+        name = str(dtype).removeprefix("torch.")
+        raise NumericalError(
+            f"{what} reaches {float(tensor.abs().max()):.3g} once folded, {name} ends at {torch.finfo(dtype).max:.3g}; "
+            f"set model.dtype=bfloat16 or float32"
+        )
+    return cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +168,16 @@ def rotate_ends(
     r1 = None if config.r1 is None else _residual_rotation(config.r1, ends.embedding.shape[1], config.seed)
     gain = ends.gain.to(device=device, dtype=torch.float64)
 
-    def rotated(matrix: Tensor, scale: Tensor | None) -> Tensor:
+    def rotated(matrix: Tensor, scale: Tensor | None, what: str) -> Tensor:
         result = torch.empty(matrix.shape, dtype=dtype)
         for start in range(0, len(matrix), rows):
             part = matrix[start : start + rows].to(device=device, dtype=torch.float64)
             part = part if scale is None else part * scale
-            result[start : start + rows] = (part if r1 is None else r1.right(part)).to(device="cpu", dtype=dtype)
+            result[start : start + rows] = _cast(part if r1 is None else r1.right(part), dtype, what)
         return result
 
-    return Ends(rotated(ends.embedding, None), torch.ones_like(ends.gain, dtype=dtype), rotated(ends.head, gain))
+    return Ends(
+        rotated(ends.embedding, None, "embedding"),
+        torch.ones_like(ends.gain, dtype=dtype),
+        rotated(ends.head, gain, "head"),
+    )

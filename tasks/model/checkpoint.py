@@ -94,7 +94,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if index.is_file():
             try:
                 weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as err:
+            except (ValueError, KeyError, TypeError) as err:
                 raise CheckpointError(f"{index} is not a safetensors index ({err}); download it again") from err
             shards: dict[str, list[str]] = {}
             for name, shard in weight_map.items():
@@ -108,7 +108,11 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def config(self) -> PretrainedConfig:
         """Return the model's config."""
-        model_type = json.loads((self.path / "config.json").read_text()).get("model_type")
+        path = self.path / "config.json"
+        try:
+            model_type = json.loads(path.read_text())["model_type"]
+        except (ValueError, KeyError, TypeError) as err:
+            raise CheckpointError(f"{path} is not a model's config ({err}); download it again") from err
         find_family(model_type)
         return AutoConfig.from_pretrained(self.path)
 

@@ -2,12 +2,14 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 import yaml
 from prefixquant.cluster.ray_session import RaySession
 from prefixquant.cluster.store import ArtifactStore
@@ -74,12 +76,31 @@ class World:
         return {entry.node.name: entry.key for entry in self.plan(*overrides).entries}
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_session: RaySession) -> World:
+    """A world whose recipe has run, to be copied: a run of another recipe in it costs what differs."""
+    world = World(tmp_path_factory.mktemp("finished"))
+    tiny.write_tiny_model(world.model, blocks=2)
+    world.run()
+    return world
+
+
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: RaySession) -> Iterator[World]:
-    """A world with a Llama of two blocks, on the shared Ray."""
+    """A world with a Llama of two blocks and no store, on the shared Ray."""
     monkeypatch.setenv("PREFIXQUANT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("PREFIXQUANT_STORE", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # those of tiny products only wait for each other
     world = World(tmp_path)
     tiny.write_tiny_model(world.model, blocks=2)
     yield world
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def done(world: World, finished: World) -> World:
+    """A world of the same model and texts with the store of the finished run."""
+    shutil.copytree(finished.store_path, world.store_path)
+    return world

@@ -16,9 +16,9 @@ def smollm2_model(smollm2: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for tiny models: on busy cores the threads of a small product wait longer than they work."""
+def _one_thread() -> Iterator[None]:
+    """One thread: on busy cores the threads of a small product wait for each other longer than they work."""
     before = torch.get_num_threads()
-    torch.set_num_threads(before if request.node.get_closest_marker("real_model") else 1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

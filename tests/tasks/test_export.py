@@ -1,0 +1,216 @@
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from inline import run_inline, small_recipe
+from torch import Tensor
+from transformers import DynamicCache
+
+from prefixquant.cluster.store import ArtifactStore
+from prefixquant.pipeline.artifacts import load_artifact
+from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.materialize import materialize
+from prefixquant.pipeline.recipe import Recipe, parse_recipe
+from prefixquant.tasks.errors import CheckpointError
+from prefixquant.tasks.export import DESCRIPTION, PREFIX_FILE, block_file, is_exported, load_quantized
+from prefixquant.tasks.load import LoadedModel
+from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites
+from prefixquant.tasks.model.cache import prefix_cache_for
+from prefixquant.tasks.model.saved import block_weights
+from prefixquant.tasks.model.sites import OnlineTransforms
+
+NO_TEXTS = {"texts": [], "full_precision": False}
+PREFIX_IDS = [5, 7, tiny.BOS]
+STATIC = {"prefix": {"tokens": PREFIX_IDS}}
+DYNAMIC = {
+    "prefix": {"tokens": PREFIX_IDS},
+    "rotate": {"r3": False},
+    "quantize": {
+        "weights": {"bits": 3, "symmetric": False, "granularity": "group", "group_size": 16},
+        "activations": {"mode": "dynamic", "granularity": "token"},
+        "keys": {"mode": "dynamic", "before_rope": True},
+        "values": {"mode": "dynamic", "granularity": "group", "group_size": 8, "symmetric": False},
+    },
+}
+PLAIN = {"prefix": {"tokens": []}, "quantize": {name: "off" for name in ("weights", "activations", "keys", "values")}}
+CASES = {
+    "llama-static": ("llama-biases", STATIC),
+    "llama-tied-half": ("llama-tied", STATIC | {"model.dtype": "bfloat16"}),
+    "mistral-window": ("mistral-window", STATIC),
+    "qwen2-dynamic": ("qwen2-tied", DYNAMIC),
+    "qwen3-dynamic": ("qwen3", DYNAMIC),
+    "llama-off": ("llama", PLAIN),
+}
+
+
+class Exported:
+    """A run's folder, and the same run's artifacts."""
+
+    def __init__(self, folder: Path, variant: str, settings: dict[str, Any]) -> None:
+        model = tiny.tiny_variant(variant)
+        model.save_pretrained(folder / "model")
+        tiny.tiny_tokenizer().save_pretrained(folder / "model")
+        groups = {key: value for key, value in settings.items() if "." not in key}
+        data = small_recipe(folder, folder / "model", **groups) | {"evaluate": NO_TEXTS}
+        data["model"] |= {"dtype": settings.get("model.dtype", "auto")}
+        self.recipe: Recipe = parse_recipe(data)
+        self.store = ArtifactStore(str(folder / "store"))
+        self.graph: Graph
+        self.model: LoadedModel
+        self.graph, self.model, _ = run_inline(self.recipe, self.store)
+        self.folder = folder / "exported"
+        materialize(self.graph, self.store, self.folder, self.model.num_blocks)
+
+    def simulated_logits(self, ids_NT: Tensor) -> Tensor:
+        """The logits of the block chain over the stored codes and scales."""
+        family, config, quantize = self.model.family, self.model.config, self.recipe.quantize
+        ends = load_artifact(self.store, self.graph.key("rotate[ends]")).tensors
+        embedding, head = (ends[f"{name}.weight"] for name in (family.embedding, family.head))
+        stored = load_artifact(self.store, self.graph.key("prefix")).tensors
+        prefix = (stored["keys"], stored["values"]) if stored else None
+        hidden = embedding[ids_NT]
+        transforms = OnlineTransforms(r3=self.recipe.rotate.r3, r4=self.recipe.rotate.r4)
+        for index in range(self.model.num_blocks):
+            tensors = load_artifact(self.store, self.graph.key(f"block[{index}]")).tensors
+            shapes = block_shapes(config, index)
+            weights, sites = block_weights(tensors, shapes, family, index, quantize.weights, embedding.dtype)
+            block = Block(config, family, index, weights, transforms=transforms, quantize=quantize, device=tiny.CPU)
+            load_sites(block.sites, sites)
+            hidden = block(hidden, block_prefix(prefix, index, tiny.CPU))
+        x = hidden.float()
+        x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.rms_norm_eps)).to(embedding.dtype)
+        return (ends[f"{family.final_norm}.weight"] * x) @ head.T
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory) -> Exported:
+    return Exported(tmp_path_factory.mktemp("static"), *CASES["llama-static"])
+
+
+@pytest.fixture(scope="module")
+def loaded(static) -> Any:
+    return load_quantized(static.folder)
+
+
+@pytest.fixture
+def copy(static, tmp_path) -> Iterator[Path]:
+    """A folder to spoil."""
+    yield Path(shutil.copytree(static.folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reloaded_model_gives_the_logits_of_the_block_chain(tmp_path, case):
+    exported = Exported(tmp_path, *CASES[case])
+    ids = tiny.random_ids(2, 24)
+    wanted = exported.simulated_logits(ids)
+    found = load_quantized(exported.folder)(input_ids=ids).logits
+    assert found.dtype == wanted.dtype
+    assert tiny.relative_error(found.float(), wanted.float()) < (1e-5 if wanted.dtype == torch.float32 else 2e-2)
+
+
+def test_weights_off_and_no_prefix_reload_as_the_original_model(tmp_path):
+    exported = Exported(tmp_path, *CASES["llama-off"])
+    assert not (exported.folder / PREFIX_FILE).exists()
+    ids = tiny.random_ids(2, 24)
+    wanted = tiny.tiny_variant("llama")(input_ids=ids).logits
+    assert tiny.relative_error(load_quantized(exported.folder)(input_ids=ids).logits, wanted) < 1e-5
+
+
+def test_quantization_is_really_on_and_the_prefix_really_in_front(static, loaded):
+    ids = tiny.random_ids(1, 24)
+    found = loaded(input_ids=ids).logits
+    assert found.shape == (1, 24, tiny.VOCABULARY)
+    original = tiny.tiny_variant("llama-biases")
+    behind = original(input_ids=torch.cat([torch.tensor([PREFIX_IDS]), ids], dim=1)).logits[:, len(PREFIX_IDS) :]
+    alone = original(input_ids=ids).logits
+    assert 1e-3 < tiny.relative_error(found, behind) < tiny.relative_error(found, alone)
+
+
+def test_each_row_of_a_batch_is_as_alone(loaded):
+    ids = tiny.random_ids(3, 20)
+    together = loaded(input_ids=ids).logits
+    for row in range(3):
+        assert tiny.relative_error(together[row], loaded(input_ids=ids[row : row + 1]).logits[0]) < 1e-5
+
+
+def test_padding_on_the_right_changes_nothing_before_it(loaded):
+    ids, lengths = tiny.random_ids(2, 20), (20, 13)
+    mask = torch.tensor([[1] * length + [0] * (20 - length) for length in lengths])
+    padded = loaded(input_ids=ids * mask, attention_mask=mask).logits
+    for row, length in enumerate(lengths):
+        alone = loaded(input_ids=ids[row : row + 1, :length]).logits
+        assert tiny.relative_error(padded[row, :length], alone[0]) < 1e-5
+
+
+def test_greedy_generation_equals_a_full_forward_for_each_token(loaded):
+    prompt = tiny.random_ids(2, 6)
+    wanted = prompt
+    for _ in range(6):
+        wanted = torch.cat([wanted, loaded(input_ids=wanted).logits[:, -1:].argmax(-1)], dim=1)
+    start = torch.cat([torch.tensor([PREFIX_IDS] * 2), prompt], dim=1)
+    found = loaded.generate(
+        input_ids=start,
+        attention_mask=torch.ones_like(start),
+        past_key_values=prefix_cache_for(loaded, 2),
+        do_sample=False,
+        max_new_tokens=6,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert found[:, len(PREFIX_IDS) :].tolist() == wanted.tolist()
+
+
+def test_foreign_cache_is_refused_with_the_right_one(loaded):
+    with pytest.raises(ValueError, match=r"prefix_cache_for\(model, batch_size\)"):
+        loaded(input_ids=tiny.random_ids(1, 4), past_key_values=DynamicCache())
+
+
+def test_reloading_twice_gives_the_same_model(static, loaded):
+    ids = tiny.random_ids(1, 8)
+    assert torch.equal(load_quantized(static.folder)(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_folder_is_complete_by_its_own_index(static):
+    assert is_exported(static.folder)
+    index = json.loads((static.folder / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = {path.name for path in static.folder.glob("model-*.safetensors")}
+    assert set(index.values()) == shards
+    assert {"config.json", "tokenizer.json", DESCRIPTION, PREFIX_FILE} <= {p.name for p in static.folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", [block_file(1), "model-ends.safetensors", PREFIX_FILE, DESCRIPTION, "config.json"])
+def test_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        load_quantized(copy)
+
+
+def test_truncated_shard_is_named(copy):
+    data = (copy / block_file(0)).read_bytes()
+    (copy / block_file(0)).write_bytes(data[:-8])
+    with pytest.raises(CheckpointError, match=rf"{block_file(0)} is truncated"):
+        load_quantized(copy)
+
+
+def test_shard_of_another_block_is_refused(copy):
+    shutil.copy(copy / block_file(0), copy / block_file(1))
+    with pytest.raises(CheckpointError, match=block_file(1)):
+        load_quantized(copy)
+
+
+def test_other_format_version_is_refused_with_both_versions(copy):
+    description = json.loads((copy / DESCRIPTION).read_text())
+    (copy / DESCRIPTION).write_text(json.dumps(description | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99, this version reads 1; run the recipe again"):
+        load_quantized(copy)
+
+
+def test_damaged_description_is_refused(copy):
+    (copy / DESCRIPTION).write_text("{")
+    with pytest.raises(CheckpointError, match="run the recipe again"):
+        load_quantized(copy)
