@@ -11,6 +11,7 @@ from typing import Any, Self
 _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds every socket to loopback; _node_ip_address does not
     "RAY_AUTH_MODE": "disabled",  # loopback only; otherwise it depends on a token file in the home folder
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # ours dies with this process; Ray's agent would wait 60 s for it
 }
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -56,15 +56,17 @@ def load_node(source: Source) -> Node:
     return Node(name="load", task=LOAD, config=LoadNode(fingerprint=source.fingerprint, path=str(source.path)))
 
 
-def build_graph(recipe: Recipe, source: Source, model: LoadedModel) -> Graph:
+def build_graph(recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool = False) -> Graph:
     """Return the graph of a run; its targets are `targets(graph)`.
+
+    `gpu`: whether tasks will run on GPUs; it serves the estimates only.
 
     Raises:
         ConfigError, UnsupportedModelError: recipe and model do not go together.
         DataError: a text's file is missing.
     """
     check_fit(recipe, model)
-    graph = Graph(_Builder(recipe, source, model).nodes())
+    graph = Graph(_Builder(recipe, source, model, gpu=gpu).nodes())
     graph.check()
     return graph
 
@@ -83,9 +85,10 @@ def check_fit(recipe: Recipe, model: LoadedModel) -> None:
         raise ConfigError("train: block training is not part of this version; set train=off")
     config, quantize = model.config, recipe.quantize
     check_transforms(config, _transforms(recipe))
+    inputs = (config.hidden_size, config.num_attention_heads * head_size(config), config.intermediate_size)
     sizes = {
-        "quantize.weights": (quantize.weights, (config.hidden_size, config.intermediate_size)),
-        "quantize.activations": (quantize.activations, (config.hidden_size, config.intermediate_size)),
+        "quantize.weights": (quantize.weights, inputs),
+        "quantize.activations": (quantize.activations, inputs),
         "quantize.keys": (quantize.keys, (head_size(config),)),
         "quantize.values": (quantize.values, (head_size(config),)),
     }
@@ -108,20 +111,21 @@ def _transforms(recipe: Recipe) -> OnlineTransforms:
 
 
 class _Builder:
-    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel) -> None:
+    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool) -> None:
         self.recipe, self.model = recipe, model
         self.path = str(source.path)
         self.source = source
         self.dtype = model.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
         self.transforms = _transforms(recipe)
-        self.shape = Shape.of(model, self.dtype, recipe)
+        self.shape = Shape.of(model, self.dtype, recipe, gpu=gpu)
         self.labels = text_labels(recipe.evaluate.texts)
         self.rotated = tuple(f"rotate[{block}]" for block in range(model.num_blocks))
 
     def nodes(self) -> list[Node]:
         """Return all nodes, in the order in which ready ones should start."""
         recipe = self.recipe
-        found = [load_node(self.source), *self._tokens(), *self._rotate()]
+        load = load_node(self.source)
+        found = [replace(load, estimate=estimate(load, self.shape)), *self._tokens(), *self._rotate()]
         found += self._quantized(recipe.prefix, "")
         found.append(self._export())
         evaluated = []

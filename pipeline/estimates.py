@@ -39,9 +39,11 @@ class Shape:
     weight_forwards: float
     """Cost of the weight search, in forwards of the search text."""
     quantized_block_bytes: int
+    gpu: bool
+    """Whether tasks run on a GPU."""
 
     @classmethod
-    def of(cls, model: LoadedModel, dtype: str, recipe: Recipe) -> "Shape":
+    def of(cls, model: LoadedModel, dtype: str, recipe: Recipe, *, gpu: bool) -> "Shape":
         """Return the sizes for a model and a recipe."""
         config, data, search = model.config, recipe.data, recipe.search
         heads = (config.num_attention_heads + config.num_key_value_heads) * 2 * head_size(config)
@@ -63,6 +65,7 @@ class Shape:
             search_forwards=0 if search is None else _site_forwards(search),
             weight_forwards=searched * config.hidden_size / tokens,
             quantized_block_bytes=parameters * bits // 8,
+            gpu=gpu,
         )
 
     @property
@@ -79,7 +82,7 @@ def _site_forwards(search: SearchConfig) -> int:
     return len(ALL_SITES) * (search.coarse_points + search.fine_points)
 
 
-def estimate(node: Node, shape: Shape, *, gpu: bool = False) -> Estimate:
+def estimate(node: Node, shape: Shape) -> Estimate:
     """Return the cost of a node on one CPU core, or on one GPU."""
     forward = 2 * shape.block_parameters  # operations a token
     flops, work_bytes, stored = 0.0, 0, 0
@@ -110,8 +113,8 @@ def estimate(node: Node, shape: Shape, *, gpu: bool = False) -> Estimate:
         case _:
             pass
     return Estimate(
-        seconds=OVERHEAD_S + flops / (GPU_FLOPS if gpu else CPU_FLOPS),
-        host_bytes=PROCESS_BYTES + (0 if gpu else work_bytes),
-        device_bytes=work_bytes if gpu else 0,
+        seconds=OVERHEAD_S + flops / (GPU_FLOPS if shape.gpu else CPU_FLOPS),
+        host_bytes=PROCESS_BYTES + (0 if shape.gpu else work_bytes),
+        device_bytes=work_bytes if shape.gpu else 0,
         stored_bytes=stored,
     )

@@ -124,7 +124,7 @@ class ExportConfig:
     """What the output folder gets."""
 
     profile: Literal["prefixquant"] = "prefixquant"
-    """Layout of the folder. prefixquant: fake-quantized weights, scales and prefix, loadable by this project."""
+    """Layout of the folder. prefixquant: packed integer weights, scales and prefix, loadable by this project."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

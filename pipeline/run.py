@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefixquant.cluster.ray_session import RaySession, connect
 from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactStore, StoreUnwritable
 from prefixquant.pipeline.artifacts import load_artifact
@@ -118,7 +120,7 @@ def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
     alone = Graph([load_node(source)])
     key = alone.key("load")
     model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
-    graph = build_graph(recipe, source, model)
+    graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
     return graph, make_plan(graph, targets(graph), store, _previous(store, recipe.name))
 
 
@@ -158,23 +160,26 @@ def _run_once(
     start: float,
 ) -> RunSummary:
     loading = Graph([load_node(source)])
+    loaded: dict[str, NodeResult] = {}
     if not store.has(loading.key("load")):
-        _require(execute(loading, ["load"], store, session(), on_event=_ignore))
+        loads = execute(loading, ["load"], store, session(), on_event=_ignore)
+        _require(loads)
+        loaded = loads.results
     model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
-    graph = build_graph(recipe, source, model)
+    graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
     run = _Tracked(recipe, graph, store, options)
     plan = make_plan(graph, targets(graph), store, _previous(store, recipe.name))
     result = run.execute(plan, session)
     record = load_artifact(store, graph.key("report")).record
     if options.out is not None:
         materialize(graph, store, options.out, model.num_blocks)
-    done = {} if result is None else result.results
+    done = loaded if result is None else loaded | result.results
     run.finish(record, done, time.monotonic() - start)
     return RunSummary(
         run_id=run.run_id,
         record=record,
         tasks_run=len(done),
-        tasks_cached=len(plan.names("cached")),
+        tasks_cached=len(set(plan.names("cached")) - done.keys()),
         seconds=time.monotonic() - start,
         stage_seconds=_stage_seconds(graph, done),
         peak_host_bytes=max((each.peak_host_bytes for each in done.values()), default=0),
@@ -239,7 +244,6 @@ class _Tracked:
         known = self.store.read_ref(self.run_id) if self.run_id in self.store.run_ids() else {}
         self.finished_before = known.get("status") == "finished"
         self.mlflow_run_id: str | None = known.get("mlflow_run_id")
-        self.resumed = self.mlflow_run_id is not None
 
     def execute(self, plan: Plan, session: Callable[[], RaySession]) -> RunResult | None:
         """Run what the plan says and return the result, or None if nothing is to be done.
@@ -300,8 +304,7 @@ class _Tracked:
         """Log the end of the run and mark it finished."""
         tracker = self.tracker
         if tracker.run_id is not None:
-            if not self.resumed:
-                self._log_cached_blocks(done)
+            self._log_missing_blocks()
             metrics: dict[str, float] = {"seconds": seconds, "prefix/num_tokens": len(record["prefix"]["token_ids"])}
             for each in record["perplexity"]:
                 model = each["model"].replace(" ", "_")
@@ -321,13 +324,15 @@ class _Tracked:
             tracker.finish("FINISHED")
         self._write_ref("finished", ppl=record["perplexity"])
 
-    def _log_cached_blocks(self, done: Mapping[str, NodeResult]) -> None:
-        """Log the errors of blocks that an earlier run had stored, so that every run has the same metrics."""
+    def _log_missing_blocks(self) -> None:
+        """Log the errors of blocks that MLflow lacks: an earlier run stored them, or died before it could send them."""
+        logged = self.tracker.steps("block/error")
         for name, node in self.graph.nodes.items():
-            if node.task.name == "block" and name.endswith("]") and name not in done:
-                metrics = self.store.manifest(self.graph.key(name)).meta.get("metrics", {})
+            if node.task.name == "block" and name.endswith("]"):
                 block = int(name.removeprefix("block[").removesuffix("]"))
-                self.tracker.log_metrics({f"block/{key}": value for key, value in metrics.items()}, step=block)
+                if block not in logged:
+                    metrics = self.store.manifest(self.graph.key(name)).meta.get("metrics", {})
+                    self.tracker.log_metrics({f"block/{key}": value for key, value in metrics.items()}, step=block)
 
     def _write_ref(self, status: str, **extra: Any) -> None:
         record = {

@@ -17,7 +17,7 @@ from prefixquant.tasks.errors import UnsupportedModelError
 from prefixquant.tasks.evaluate import PerplexityConfig, perplexity
 from prefixquant.tasks.export import ENDS_FILE, PREFIX_FILE, block_file, export_files
 from prefixquant.tasks.find_prefix import FindPrefixConfig, choose_prefix, down_input_peaks, prefix_key_values
-from prefixquant.tasks.load import LoadedModel, cached_checkpoint, load_model, read_ends, torch_dtype
+from prefixquant.tasks.load import LoadedModel, load_model, read_ends, torch_dtype
 from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites, run_batched
 from prefixquant.tasks.model.saved import block_tensors, block_weights
 from prefixquant.tasks.model.sites import OnlineTransforms, head_size
@@ -95,7 +95,7 @@ def run_rotate(context: TaskContext) -> TaskOutput:
     """Fold gains and rotations into one block, or into embedding and head."""
     config: RotateNode = context.config
     model = LoadedModel.from_artifact(context.inputs["load"])
-    family, checkpoint = model.family, cached_checkpoint(config.path)
+    family, checkpoint = model.family, model.checkpoint(config.path)
     options: dict[str, Any] = {"dtype": torch_dtype(config.dtype), "device": context.device}
     if config.block is None:
         return TaskOutput(_ends_artifact(rotate_ends(read_ends(checkpoint, family), config.rotate, **options), model))
@@ -322,7 +322,7 @@ def run_evaluate(context: TaskContext) -> TaskOutput:
     model = LoadedModel.from_artifact(context.inputs["load"])
     windows = context.inputs["windows"].tensors["windows"]
     if config.variant == "full_precision":
-        original = read_ends(cached_checkpoint(config.path), model.family)
+        original = read_ends(model.checkpoint(config.path), model.family)
         dtype = torch_dtype(config.dtype)
         ends = Ends(*(part.to(dtype) for part in (original.embedding, original.gain, original.head)))
         blocks = _original_blocks(context, model)
@@ -342,7 +342,7 @@ def run_evaluate(context: TaskContext) -> TaskOutput:
 
 def _original_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple[Block, None]]:
     config: EvaluateNode = context.config
-    checkpoint, dtype = cached_checkpoint(config.path), torch_dtype(config.dtype)
+    checkpoint, dtype = model.checkpoint(config.path), torch_dtype(config.dtype)
     for index in range(model.num_blocks):
         weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index).items()}
         transforms = OnlineTransforms(r3=False, r4=False)
@@ -379,7 +379,7 @@ def _quantized_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tupl
             quantize=config.quantize,
             device=context.device,
         )
-        load_sites(block.sites, sites)
+        load_sites(block.sites, sites, context.device)
         yield block, block_prefix(prefix, index, context.device)
 
 

@@ -122,6 +122,14 @@ class Tracker:
         if len(self._points) >= FLUSH_POINTS or time.monotonic() >= self._next_flush:
             self._flush()
 
+    def steps(self, metric: str) -> set[int]:
+        """Return the steps at which the run has a value of the metric, sent or buffered; none if off or unreadable."""
+        steps = {step for name, _, _, step in self._points if name == metric}
+        if self._client is not None:
+            with self._collecting(f"read the metric {metric}"):
+                steps |= {point.step for point in self._client.get_metric_history(self.run_id, metric)}
+        return steps
+
     def log_dict(self, record: Mapping[str, Any], name: str) -> None:
         """Store the record as the run's artifact `name`: JSON, or YAML if the name ends so."""
         if self._client is not None:

@@ -102,7 +102,7 @@ def load_quantized(folder: str | Path, *, device: str | torch.device = "cpu") ->
             raise CheckpointError(f"{folder / block_file(index)} holds no tensor {err}; run the recipe again") from err
         layer.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
         install_sites(layer, config, family, transforms=transforms, quantize=quantize)
-        load_sites(sites_of(layer, family), {s: {n: t.to(device) for n, t in p.items()} for s, p in sites.items()})
+        load_sites(sites_of(layer, family), sites, device)
     ends = _read_shard(folder / ENDS_FILE)
     for name in (family.embedding, family.head):
         model.get_submodule(name).weight = nn.Parameter(ends[f"{name}.weight"].to(device), requires_grad=False)

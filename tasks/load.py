@@ -3,7 +3,6 @@
 import json
 import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,12 @@ class LoadedModel:
 
     files: dict[str, bytes]
     """config.json and the tokenizer's files."""
+    index: dict[str, Any] | None
+    """The checkpoint's, see `Checkpoint.index`."""
+
+    def checkpoint(self, path: str) -> Checkpoint:
+        """Return the checkpoint itself, which lies at `path`."""
+        return cached_checkpoint(path, self.index)
 
     @property
     def num_blocks(self) -> int:
@@ -42,7 +47,7 @@ class LoadedModel:
     def to_artifact(self) -> Artifact:
         """Return the artifact to store."""
         record = {"model_type": self.family.model_type, "dtype": self.dtype, "bos_token_id": self.bos_token_id}
-        return Artifact(record={**record, "num_blocks": self.num_blocks}, files=self.files)
+        return Artifact(record={**record, "num_blocks": self.num_blocks, "index": self.index}, files=self.files)
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> "LoadedModel":
@@ -55,6 +60,7 @@ class LoadedModel:
             dtype=record["dtype"],
             bos_token_id=record["bos_token_id"],
             files=artifact.files,
+            index=record["index"],
         )
 
     def tokenizer(self) -> Any:
@@ -65,20 +71,20 @@ class LoadedModel:
             return AutoTokenizer.from_pretrained(folder)
 
 
-def cached_checkpoint(path: str) -> Checkpoint:
-    """Return the checkpoint at a path, opened once a process: a GGUF header takes seconds to parse.
+_opened: dict[tuple[object, ...], Checkpoint] = {}
 
-    Files that have changed since are opened anew.
-    """
+
+def cached_checkpoint(path: str, index: dict[str, Any] | None = None) -> Checkpoint:
+    """Return the checkpoint at a path, opened once a process; files that have changed since are opened anew."""
     source = Path(path)
     files = sorted(source.iterdir()) if source.is_dir() else [source] if source.exists() else []
-    status = ((file.name, file.stat()) for file in files if file.is_file())
-    return _open(path, tuple((name, each.st_size, each.st_mtime_ns) for name, each in status))
-
-
-@lru_cache(maxsize=2)
-def _open(path: str, identity: tuple[tuple[str, int, int], ...]) -> Checkpoint:
-    return open_checkpoint(Path(path))
+    status = [(file.name, file.stat()) for file in files if file.is_file()]
+    identity = (path, *((name, each.st_size, each.st_mtime_ns) for name, each in status))
+    if identity not in _opened:
+        checkpoint = open_checkpoint(source, index)
+        _opened.clear()
+        _opened[identity] = checkpoint
+    return _opened[identity]
 
 
 def load_model(path: str) -> LoadedModel:
@@ -99,7 +105,7 @@ def load_model(path: str) -> LoadedModel:
         files = {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
     files[CONFIG] = config.to_json_string(use_diff=False).encode()
     dtype = str(checkpoint.default_dtype).removeprefix("torch.")
-    return LoadedModel(config=config, family=family, dtype=dtype, bos_token_id=bos, files=files)
+    return LoadedModel(config=config, family=family, dtype=dtype, bos_token_id=bos, files=files, index=checkpoint.index)
 
 
 def _load_tokenizer(path: Path) -> Any:

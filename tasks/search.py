@@ -38,7 +38,7 @@ class SearchConfig:
     coarse_points: int = 8
     """Points of the first grid, equally spaced over [min_ratio, max_ratio]."""
 
-    fine_points: int = 6
+    fine_points: int = 4
     """Points of the second grid, over one coarse step on both sides of the best coarse point. 0: no second grid."""
 
     min_ratio: float = 0.25

@@ -3,10 +3,14 @@
 import pytest
 import tiny
 import torch
+from inline import run_inline, small_recipe
 
+from prefixquant.cluster.store import ArtifactStore
 from prefixquant.kernels.hadamard import hadamard_transform
+from prefixquant.pipeline.materialize import materialize
 from prefixquant.tasks.calibrate import CalibrateConfig, calibrate_blocks
 from prefixquant.tasks.evaluate import perplexity
+from prefixquant.tasks.export import load_quantized
 from prefixquant.tasks.find_prefix import down_input_peaks, prefix_key_values
 from prefixquant.tasks.model.block import Block, block_prefix
 from prefixquant.tasks.model.sites import OnlineTransforms
@@ -25,7 +29,7 @@ CUDA = torch.device("cuda")
 def block_on(device: torch.device) -> tuple[Block, torch.Tensor]:
     model = tiny.tiny_variant("llama")
     family = tiny.FAMILIES["llama"]
-    weights = {name: tensor for name, tensor in model.model.layers[0].state_dict().items()}
+    weights = dict(model.model.layers[0].state_dict())
     rotated = rotate_block(weights, family, 16, 0, RotateConfig(), dtype=torch.float32, device=device)
     transforms = OnlineTransforms(r3=True, r4=True)
     block = Block(model.config, family, 0, rotated, transforms=transforms, quantize=QuantizeConfig(), device=device)
@@ -76,3 +80,15 @@ def test_perplexity_on_gpu_equals_cpu():
         blocks = [(block.to(device), None) for block in tiny.build_blocks(model, RotateConfig(), None)]
         found.append(perplexity(blocks, tiny.build_ends(model, RotateConfig()), 1e-3, windows, device=device).ppl)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_loaded_model_on_gpu_equals_cpu(tmp_path):
+    tiny.write_tiny_model(tmp_path / "model", blocks=2)
+    store = ArtifactStore(str(tmp_path / "store"))
+    graph, _, _ = run_inline(small_recipe(tmp_path, tmp_path / "model"), store)
+    materialize(graph, store, tmp_path / "out", 2)
+    ids = tiny.random_ids(2, 24)
+    on_gpu = load_quantized(tmp_path / "out", device="cuda")(input_ids=ids.to(CUDA)).logits.cpu()
+    on_cpu = load_quantized(tmp_path / "out")(input_ids=ids).logits
+    # a value on a rounding boundary may move one code; a wrong device or scale would be far off
+    assert (on_gpu - on_cpu).norm() / on_cpu.norm() < 0.05

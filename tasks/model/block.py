@@ -44,11 +44,10 @@ def block_shapes(config: PretrainedConfig, block: int) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.layers[0].state_dict().items()}
 
 
-def load_sites(sites: Mapping[str, Site], parameters: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Fix the grids of sites to stored `scale` and `zero_point`, or `clip_ratio`, in place."""
+def load_sites(sites: Mapping[str, Site], parameters: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> None:
+    """Fix the grids of sites to stored `scale` and `zero_point`, or `clip_ratio`, in place and on a device."""
     for name, site in sites.items():
         if site.quantizer is not None:
-            device = next(site.quantizer.buffers()).device
             stored = {key: tensor.to(device) for key, tensor in parameters[name].items()}
             site.quantizer.load_state_dict(stored, assign=True)
 

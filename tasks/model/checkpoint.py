@@ -38,6 +38,8 @@ class Checkpoint(ABC):
     tensors: dict[str, TensorInfo]
     default_dtype: torch.dtype
     """Type in which the checkpoint's weights are naturally kept."""
+    index: dict[str, Any] | None = None
+    """What opening the same file again can be spared, as JSON values; None if opening is cheap."""
 
     @abstractmethod
     def config(self) -> PretrainedConfig:
@@ -154,8 +156,8 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint at a local folder or .gguf file.
+def open_checkpoint(path: Path, index: dict[str, Any] | None = None) -> Checkpoint:
+    """Return the checkpoint at a local folder or .gguf file; `index` as an earlier opening of the same bytes had it.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -164,7 +166,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a model folder, a hub id or a .gguf file")
-    return GGUFCheckpoint(path) if path.suffix == ".gguf" else SafetensorsCheckpoint(path)
+    return GGUFCheckpoint(path, index) if path.suffix == ".gguf" else SafetensorsCheckpoint(path)
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> tuple[PretrainedConfig, ModelFamily]:

@@ -1,10 +1,12 @@
 """Read a GGUF file tensor by tensor under Hugging Face names."""
 
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf.quants import quant_shape_to_byte_shape
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -32,37 +34,15 @@ class GGUFCheckpoint(Checkpoint):
 
     default_dtype = torch.float32
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, index: dict[str, Any] | None = None) -> None:
+        """Open a file; with the `index` of an earlier opening its header, seconds of work, is not parsed again."""
         self.path = path
-        try:
-            self._reader = GGUFReader(path)
-        except (ValueError, IndexError, OSError) as err:
-            raise CheckpointError(f"{path} is truncated or no GGUF file ({err}); download it again") from err
-        self._by_name = {}
-        self.tensors = {}
-        for tensor in self._reader.tensors:
-            name = self._hugging_face_name(tensor.name)
-            if name is not None:
-                self._by_name[name] = tensor
-                shape = tuple(int(size) for size in reversed(tensor.shape))
-                self.tensors[name] = TensorInfo(shape=shape, dtype=GGMLQuantizationType(tensor.tensor_type).name)
-
-    @cached_property
-    def _family(self) -> ModelFamily:
-        field = self._reader.get_field("general.architecture")
-        return find_family(field.contents() if field is not None else "unknown")
-
-    def _hugging_face_name(self, name: str) -> str | None:
-        stem, suffix = name.rsplit(".", 1)
-        if stem in _TOP:
-            return f"{getattr(self._family, _TOP[stem])}.{suffix}"
-        if not stem.startswith("blk."):
-            return None  # rope_freqs and the like: part of the config
-        _, block, part = stem.split(".", 2)
-        inner = _QK_NORMS.get(part) or getattr(self._family, _BLOCK.get(part, ""), None)
-        if inner is None:
-            raise CheckpointError(f"{self.path}: tensor {name} has no place in a {self._family.model_type} block")
-        return f"{self._family.block_prefix(int(block))}{inner}.{suffix}"
+        self._index = self.index = _read_index(path) if index is None else index
+        self._family = find_family(self._index["model_type"])
+        self.tensors = {
+            name: TensorInfo(shape=tuple(entry["shape"]), dtype=entry["type"])
+            for name, entry in self._index["tensors"].items()
+        }
 
     def config(self) -> PretrainedConfig:
         """Return the config transformers derives from the file's metadata."""
@@ -73,20 +53,64 @@ class GGUFCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, float32."""
-        stored = self._by_name[name]
-        values = torch.tensor(dequantize(stored.data, stored.tensor_type), dtype=torch.float32)
-        values = values.reshape(self.tensors[name].shape)
+        entry = self._index["tensors"][name]
+        kind = GGMLQuantizationType[entry["type"]]
+        shape = quant_shape_to_byte_shape(tuple(entry["shape"]), kind)
+        try:
+            data = np.memmap(self.path, np.uint8, "r", entry["offset"], shape)
+        except (ValueError, OSError) as err:
+            raise CheckpointError(f"{self.path}: cannot read {name} ({err}); download it again") from err
+        values = torch.tensor(dequantize(data, kind), dtype=torch.float32).reshape(entry["shape"])
         inner = name.split(".", 3)[-1].rsplit(".", 1)[0]
         if self._family.gguf_rotary_pairs and inner in (self._family.q, self._family.k):
-            return self._uninterleave(values, inner == self._family.q)
+            return _uninterleave(values, self._index["heads" if inner == self._family.q else "kv_heads"])
         return values
-
-    def _uninterleave(self, rows: Tensor, is_query: bool) -> Tensor:
-        """GGUF keeps the two members of a rotary pair side by side; Hugging Face keeps them half a head apart."""
-        field = "head_count" if is_query else "head_count_kv"
-        heads = int(self._reader.get_field(f"{self._family.model_type}.attention.{field}").contents())
-        return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()
 
     def files(self) -> list[Path]:
         """Return the file itself."""
         return [self.path]
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """Return what reading tensors takes, as JSON values: family, head counts, each tensor's type, shape and offset."""
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, OSError) as err:
+        raise CheckpointError(f"{path} is truncated or no GGUF file ({err}); download it again") from err
+    model_type = _field(reader, "general.architecture", "unknown")
+    family = find_family(model_type)
+    tensors = {}
+    for tensor in reader.tensors:
+        name = _hugging_face_name(path, family, tensor.name)
+        if name is not None:
+            tensors[name] = {
+                "type": GGMLQuantizationType(tensor.tensor_type).name,
+                "shape": [int(size) for size in reversed(tensor.shape)],
+                "offset": int(tensor.data_offset),
+            }
+    heads = _field(reader, f"{model_type}.attention.head_count", 0)
+    kv_heads = _field(reader, f"{model_type}.attention.head_count_kv", heads)
+    return {"model_type": model_type, "heads": int(heads), "kv_heads": int(kv_heads), "tensors": tensors}
+
+
+def _field(reader: GGUFReader, name: str, default: Any) -> Any:
+    field = reader.get_field(name)
+    return default if field is None else field.contents()
+
+
+def _hugging_face_name(path: Path, family: ModelFamily, name: str) -> str | None:
+    stem, suffix = name.rsplit(".", 1)
+    if stem in _TOP:
+        return f"{getattr(family, _TOP[stem])}.{suffix}"
+    if not stem.startswith("blk."):
+        return None  # rope_freqs and the like: part of the config
+    _, block, part = stem.split(".", 2)
+    inner = _QK_NORMS.get(part) or getattr(family, _BLOCK.get(part, ""), None)
+    if inner is None:
+        raise CheckpointError(f"{path}: tensor {name} has no place in a {family.model_type} block")
+    return f"{family.block_prefix(int(block))}{inner}.{suffix}"
+
+
+def _uninterleave(rows: Tensor, heads: int) -> Tensor:
+    """GGUF keeps the two members of a rotary pair side by side; Hugging Face keeps them half a head apart."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()

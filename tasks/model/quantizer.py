@@ -42,6 +42,9 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric:
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Return x rounded to its quantization grid, in x's dtype; computed in float32."""
+    if symmetric:  # the same without the zero point: this runs hundreds of times a block
+        low, high = code_range(bits, symmetric)
+        return (torch.clamp(torch.round(x.float() / scale), low, high) * scale).to(x.dtype)
     codes = quantize(x.float(), scale, zero_point, bits, symmetric)
     return ((codes - zero_point) * scale).to(x.dtype)
 

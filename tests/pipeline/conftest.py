@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
+
 from prefixquant.cluster.ray_session import RaySession
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.overrides import apply_overrides
@@ -18,13 +19,13 @@ from prefixquant.pipeline.plan import Plan
 from prefixquant.pipeline.recipe import Recipe, parse_recipe
 from prefixquant.pipeline.run import RunOptions, RunSummary, plan_recipe, run_recipe
 
-WORDS = "the prefix carries what one static scale per tensor cannot, so keep it whole and in front".split()
+SENTENCE = "the prefix carries what one static scale per tensor cannot, so keep it whole and in front"
 
 
 def write_text(path: Path, seed: int, documents: int = 8) -> Path:
     """Write a .jsonl file of random sentences and return its path."""
     rng = random.Random(seed)
-    lines = (json.dumps({"text": " ".join(rng.choices(WORDS, k=60))}) for _ in range(documents))
+    lines = (json.dumps({"text": " ".join(rng.choices(SENTENCE.split(), k=60))}) for _ in range(documents))
     path.write_text("\n".join(lines))
     return path
 

@@ -109,7 +109,7 @@ def test_file_in_place_of_the_folder_is_refused(finished, tmp_path):
 
 def test_folder_below_a_file_cannot_be_written(finished, tmp_path):
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(OutputError, match="cannot be written .*; the run is stored"):
+    with pytest.raises(OutputError, match=r"cannot be written .*; the run is stored"):
         finished.write(tmp_path / "file" / "out")
 
 
@@ -138,7 +138,9 @@ def test_full_disk_leaves_the_earlier_export_and_no_temporary_folder(finished, t
     try:
         finished.write(disk / "out")
         before = digests(disk / "out")
-        with pytest.raises(OutputError, match="No space left on device.*free space or choose another folder") as raised:
+        with pytest.raises(
+            OutputError, match=r"No space left .*free space or choose another folder"
+        ) as raised:
             finished.write(disk / "out")
         assert isinstance(raised.value.__cause__, OSError)
         assert raised.value.__cause__.errno == errno.ENOSPC

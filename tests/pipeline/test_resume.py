@@ -12,6 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import tiny
+
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.run import RunFailedError, RunOptions, run_recipe
 
@@ -105,7 +106,7 @@ def test_a_killed_run_leaves_no_process_and_goes_on_to_the_result_of_an_undistur
     driver, mark = started
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    wait_until(lambda: not marked(mark))
+    wait_until(lambda: not marked(mark), seconds=30)
     stored = stored_blocks(six)
     assert 2 <= len(stored) < BLOCKS
     summary, built = go_on(six)

@@ -120,7 +120,8 @@ def test_a_second_run_runs_nothing_and_is_the_same_run(world):
 def test_other_activation_bits_run_the_blocks_and_what_follows(done):
     change = "quantize.activations.bits=8"
     planned = done.plan(change)
-    rebuilt = {"stream[0]", "stream[1]", "block[0]", "block[1]", "export", "evaluate[quantized,evaluation.jsonl]", "report"}
+    blocks = {f"{task}[{block}]" for task in ("stream", "block") for block in (0, 1)}
+    rebuilt = blocks | {"export", "evaluate[quantized,evaluation.jsonl]", "report"}
     assert set(planned.names("run")) == rebuilt
     assert done.run(change).tasks_run == len(rebuilt)
 
@@ -204,7 +205,7 @@ def test_smollm2_quantizes_with_a_prefix_that_ends_in_bos(smollm2, world):
                 "statistics": {"sequences": 8, "length": 256},
                 "search": {"sequences": 1, "length": 256},
             },
-            "search": {"coarse_points": 2, "fine_points": 0, "weight_points": 4},
+            "search": {"coarse_points": 3, "fine_points": 0, "min_ratio": 0.5, "weight_points": 6},
             "evaluate": {"texts": ["python-docs"], "window": 512, "max_windows": 2},
         }
     )

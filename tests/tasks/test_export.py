@@ -1,6 +1,5 @@
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ DYNAMIC = {
         "values": {"mode": "dynamic", "granularity": "group", "group_size": 8, "symmetric": False},
     },
 }
-PLAIN = {"prefix": {"tokens": []}, "quantize": {name: "off" for name in ("weights", "activations", "keys", "values")}}
+PLAIN = {"prefix": {"tokens": []}, "quantize": dict.fromkeys(("weights", "activations", "keys", "values"), "off")}
 CASES = {
     "llama-static": ("llama-biases", STATIC),
     "llama-tied-half": ("llama-tied", STATIC | {"model.dtype": "bfloat16"}),
@@ -80,7 +79,7 @@ class Exported:
             shapes = block_shapes(config, index)
             weights, sites = block_weights(tensors, shapes, family, index, quantize.weights, embedding.dtype)
             block = Block(config, family, index, weights, transforms=transforms, quantize=quantize, device=tiny.CPU)
-            load_sites(block.sites, sites)
+            load_sites(block.sites, sites, tiny.CPU)
             hidden = block(hidden, block_prefix(prefix, index, tiny.CPU))
         x = hidden.float()
         x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.rms_norm_eps)).to(embedding.dtype)
@@ -98,9 +97,9 @@ def loaded(static) -> Any:
 
 
 @pytest.fixture
-def copy(static, tmp_path) -> Iterator[Path]:
+def copy(static, tmp_path) -> Path:
     """A folder to spoil."""
-    yield Path(shutil.copytree(static.folder, tmp_path / "copy"))
+    return Path(shutil.copytree(static.folder, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("case", CASES)

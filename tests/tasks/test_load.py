@@ -11,7 +11,7 @@ from prefixquant.pipeline.artifacts import load_artifact, publish_artifact
 from prefixquant.tasks.errors import CheckpointError
 from prefixquant.tasks.load import LoadedModel, cached_checkpoint, load_model, read_ends
 
-SENTENCE = "Prefix tokens – in front, 4 bits behind."
+SENTENCE = "Prefix tokens in front;\n 4 bits (and naïveté) behind."
 
 
 def stored_and_back(model: LoadedModel, folder: Path) -> LoadedModel:
