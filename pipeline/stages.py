@@ -1,6 +1,6 @@
 """The tasks of the DAG: each takes stored artifacts apart, calls one pure function, and declares name and version."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -115,6 +115,19 @@ def _ends(artifact: Artifact, model: LoadedModel) -> Ends:
     return Ends(*(tensors[f"{name}.weight"] for name in (family.embedding, family.final_norm, family.head)))
 
 
+def _block(
+    context: TaskContext,
+    model: LoadedModel,
+    index: int,
+    weights: Mapping[str, Tensor],
+    transforms: OnlineTransforms,
+    quantize: QuantizeConfig | None = None,
+) -> Block:
+    return Block(
+        model.config, model.family, index, weights, transforms=transforms, quantize=quantize, device=context.device
+    )
+
+
 class RotatedBlocks(Sequence[Block]):
     """The rotated blocks of a model, each built when taken."""
 
@@ -122,15 +135,7 @@ class RotatedBlocks(Sequence[Block]):
         self, context: TaskContext, model: LoadedModel, transforms: OnlineTransforms, quantize: QuantizeConfig | None
     ) -> None:
         self._artifacts: Sequence[Artifact] = context.inputs["blocks"]
-        self._build: Callable[[int, dict[str, Tensor]], Block] = lambda index, weights: Block(
-            model.config,
-            model.family,
-            index,
-            weights,
-            transforms=transforms,
-            quantize=quantize,
-            device=context.device,
-        )
+        self._build = partial(_block, context, model, transforms=transforms, quantize=quantize)
 
     def __len__(self) -> int:
         return len(self._artifacts)
@@ -138,7 +143,7 @@ class RotatedBlocks(Sequence[Block]):
     def __getitem__(self, index: Any) -> Any:
         if index >= len(self):
             raise IndexError(index)
-        return self._build(index, self._artifacts[index].tensors)
+        return self._build(index=index, weights=self._artifacts[index].tensors)
 
 
 def _batch_size(windows: Tensor) -> int:
@@ -246,15 +251,7 @@ def run_stream(context: TaskContext) -> TaskOutput:
         windows = context.inputs["windows"].tensors["windows"]
         return TaskOutput(Artifact({"stream": _ends(context.inputs["ends"], model).embedding[windows]}))
     previous = config.block - 1
-    block = Block(
-        model.config,
-        model.family,
-        previous,
-        context.inputs["block"].tensors,
-        transforms=config.transforms,
-        quantize=None,
-        device=context.device,
-    )
+    block = _block(context, model, previous, context.inputs["block"].tensors, config.transforms)
     stream = context.inputs["stream"].tensors["stream"]
     prefix = block_prefix(_prefix(context.inputs["prefix"]), previous, context.device)
     output = run_batched(
@@ -278,15 +275,7 @@ def run_block(context: TaskContext) -> TaskOutput:
     config: BlockNode = context.config
     model = LoadedModel.from_artifact(context.inputs["load"])
     weights = context.inputs["block"].tensors
-    block = Block(
-        model.config,
-        model.family,
-        config.block,
-        weights,
-        transforms=config.transforms,
-        quantize=config.quantize,
-        device=context.device,
-    )
+    block = _block(context, model, config.block, weights, config.transforms, config.quantize)
     stream = context.inputs["stream"].tensors["stream"]
     result = quantize_block(
         block,
@@ -345,19 +334,7 @@ def _original_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple
     checkpoint, dtype = model.checkpoint(config.path), torch_dtype(config.dtype)
     for index in range(model.num_blocks):
         weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index).items()}
-        transforms = OnlineTransforms(r3=False, r4=False)
-        yield (
-            Block(
-                model.config,
-                model.family,
-                index,
-                weights,
-                transforms=transforms,
-                quantize=None,
-                device=context.device,
-            ),
-            None,
-        )
+        yield _block(context, model, index, weights, OnlineTransforms(r3=False, r4=False)), None
 
 
 def _quantized_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple[Block, Any]]:
@@ -370,15 +347,7 @@ def _quantized_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tupl
         weights, sites = block_weights(
             artifact.tensors, shapes, model.family, index, config.quantize.weights, torch_dtype(config.dtype)
         )
-        block = Block(
-            model.config,
-            model.family,
-            index,
-            weights,
-            transforms=config.transforms,
-            quantize=config.quantize,
-            device=context.device,
-        )
+        block = _block(context, model, index, weights, config.transforms, config.quantize)
         load_sites(block.sites, sites, context.device)
         yield block, block_prefix(prefix, index, context.device)
 

@@ -138,9 +138,7 @@ def test_full_disk_leaves_the_earlier_export_and_no_temporary_folder(finished, t
     try:
         finished.write(disk / "out")
         before = digests(disk / "out")
-        with pytest.raises(
-            OutputError, match=r"No space left .*free space or choose another folder"
-        ) as raised:
+        with pytest.raises(OutputError, match=r"No space left .*free space or choose another folder") as raised:
             finished.write(disk / "out")
         assert isinstance(raised.value.__cause__, OSError)
         assert raised.value.__cause__.errno == errno.ENOSPC

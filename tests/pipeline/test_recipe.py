@@ -102,11 +102,11 @@ def test_prefix_tokens_tell_none_given_from_search():
 
 
 def test_the_home_folder_is_expanded_in_paths_and_nothing_else_is(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/users/someone")
     recipe = small("model.source=~/m", "data.calibration=~/c.txt", "evaluate.texts=[~/e.txt, $HOME/f.txt]", "name=~/n")
-    assert recipe.model.source == "/home/someone/m"
-    assert recipe.data.calibration == "/home/someone/c.txt"
-    assert recipe.evaluate.texts == ("/home/someone/e.txt", "$HOME/f.txt")
+    assert recipe.model.source == "/users/someone/m"
+    assert recipe.data.calibration == "/users/someone/c.txt"
+    assert recipe.evaluate.texts == ("/users/someone/e.txt", "$HOME/f.txt")
     assert recipe.name == "~/n"
 
 
