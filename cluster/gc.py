@@ -55,6 +55,9 @@ def collect_garbage(store: ArtifactStore, *, min_age_s: float, dry_run: bool) ->
             if named is None:
                 continue  # an unreadable manifest names nothing; what is still good is for the next run to decide
         elif manifest_paths:
+            if not dry_run and key in _live_keys(store):  # a run has begun to rely on it since
+                kept_keys.append(key)
+                continue
             removed_keys.append(key)
             freed += sum(sizes[path] for attempt in named or () for path in attempts.get(attempt, ()))
             freed += sum(sizes[path] for path in manifest_paths)

@@ -2,13 +2,16 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from prefixquant.cluster.errors import StoreUnwritable
 from prefixquant.cluster.store import ArtifactStore, Manifest
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.errors import PrefixQuantError
@@ -34,10 +37,27 @@ def publish_artifact(store: ArtifactStore, key: str, artifact: Artifact, meta: M
     """Store the artifact under `key` and return the manifest. Raises ArtifactFormatError and what `publish` raises."""
     if sum(tensor.nbytes for tensor in artifact.tensors.values()) < _LARGE_BYTES:
         return store.publish(key, encode(artifact), meta=meta)
-    with tempfile.TemporaryDirectory(prefix="prefixquant-") as folder:
-        path = Path(folder, TENSORS)  # large ones go through a file: in memory they would be there twice
+    # Large ones go through a file: in memory they would be there twice. In the store's own folder for such files, gc
+    # finds what a killed task left, and a full disk is the store's.
+    parent = Path(store.root, "tmp") if store.is_local else None
+    with _unwritable(store), tempfile.TemporaryDirectory(prefix="large-", dir=_made(parent)) as folder:
+        path = Path(folder, TENSORS)
         save_file(_storable(artifact.tensors), path)
         return store.publish(key, {**_small_files(artifact), TENSORS: path}, meta=meta)
+
+
+def _made(folder: Path | None) -> Path | None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _unwritable(store: ArtifactStore) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as err:
+        raise StoreUnwritable(f"{store.url} cannot be written ({err}); free space or choose another store") from err
 
 
 def load_artifact(store: ArtifactStore, key: str) -> Artifact:
@@ -48,6 +68,12 @@ def load_artifact(store: ArtifactStore, key: str) -> Artifact:
         record=json.loads(store.read(key, RECORD)),
         files={name: store.read(key, name) for name in names if name not in (TENSORS, RECORD)},
     )
+
+
+def load_record(store: ArtifactStore, key: str) -> dict[str, Any]:
+    """Return the artifact's record, verified, without its tensors. Raises ArtifactMissing or ArtifactCorrupted."""
+    record: dict[str, Any] = json.loads(store.read(key, RECORD))
+    return record
 
 
 def _small_files(artifact: Artifact) -> dict[str, bytes]:

@@ -32,8 +32,9 @@ from prefixquant.tasks.errors import ConfigError, UnsupportedModelError
 from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.find_prefix import FindPrefixConfig
 from prefixquant.tasks.load import LoadedModel
-from prefixquant.tasks.model.sites import OnlineTransforms, check_transforms, head_size
+from prefixquant.tasks.model.sites import OnlineTransforms, head_size
 from prefixquant.tasks.model.spec import KeyValueSpec, QuantizeConfig
+from prefixquant.tasks.rotate import RotateConfig, check_rotations
 from prefixquant.tasks.texts import TextConfig, WindowsConfig, source_fingerprint
 
 COMPUTE = Resources(gpus=1, cpus=1)
@@ -84,7 +85,7 @@ def check_fit(recipe: Recipe, model: LoadedModel) -> None:
     if recipe.train is not None:
         raise ConfigError("train: block training is not part of this version; set train=off")
     config, quantize = model.config, recipe.quantize
-    check_transforms(config, _transforms(recipe))
+    check_rotations(config, recipe.rotate)
     inputs = (config.hidden_size, config.num_attention_heads * head_size(config), config.intermediate_size)
     sizes = {
         "quantize.weights": (quantize.weights, inputs),
@@ -173,12 +174,17 @@ class _Builder:
             self._node(
                 name="rotate[ends]" if block is None else f"rotate[{block}]",
                 task=ROTATE,
-                config=RotateNode(rotate=self.recipe.rotate, dtype=self.dtype, block=block, path=self.path),
+                config=RotateNode(rotate=self._folded(block), dtype=self.dtype, block=block, path=self.path),
                 inputs={"load": "load"},
                 resources=COMPUTE,
             )
             for block in blocks
         ]
+
+    def _folded(self, block: int | None) -> RotateConfig:
+        """Return what of the rotations changes weights: R3 none, and R1 alone those of the ends."""
+        rotate = self.recipe.rotate
+        return replace(rotate, r3=False) if block is not None else replace(rotate, r2=None, r3=False, r4=False)
 
     def _quantized(self, find: FindPrefixConfig, suffix: str) -> list[Node]:
         """Return prefix, calibration, streams and blocks, their names ending in `suffix`."""

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a task failed, 2 the input is wrong.
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,16 +96,17 @@ def plan(
             "key": entry.key,
             "seconds": entry.node.estimate.seconds if entry.node.estimate else None,
             "host_bytes": entry.node.estimate.host_bytes if entry.node.estimate else None,
+            "device_bytes": entry.node.estimate.device_bytes if entry.node.estimate else None,
             "stored_bytes": entry.node.estimate.stored_bytes if entry.node.estimate else None,
         }
         for entry in planned.entries
     ]
     total = planned.total
     if as_json:
-        summary = {"seconds": total.seconds, "host_bytes": total.host_bytes, "stored_bytes": total.stored_bytes}
+        summary = asdict(total)
         print(json.dumps({"tasks": rows, "total": summary}))
         return
-    table = Table("task", "will", "why", "est. s", "est. GB")
+    table = Table("task", "will", "why", "est. s", "est. GB", "est. GPU GB")
     for entry in planned.entries:
         cost = entry.node.estimate
         shown = cost is not None and entry.state == "run"
@@ -114,10 +116,12 @@ def plan(
             escape(entry.reason),
             f"{cost.seconds:.1f}" if cost is not None and shown else "",
             f"{cost.host_bytes / 1e9:.1f}" if cost is not None and shown else "",
+            f"{cost.device_bytes / 1e9:.1f}" if cost is not None and shown else "",
         )
     Console().print(table)
+    worker = "one GPU" if total.device_bytes else "one CPU core"
     print(
-        f"{len(planned.names('run'))} to run, {len(planned.names('cached'))} cached; estimated for one CPU core: "
+        f"{len(planned.names('run'))} to run, {len(planned.names('cached'))} cached; estimated for {worker}: "
         f"{total.seconds:.0f} s of work, {total.host_bytes / 1e9:.1f} GB at most in a task, "
         f"{total.stored_bytes / 1e9:.2f} GB stored"
     )
@@ -239,4 +243,4 @@ def main() -> None:
 def _status(err: Exception) -> int:
     from prefixquant.pipeline.run import RunFailedError
 
-    return 1 if isinstance(err, RunFailedError) else 2
+    return 1 if isinstance(err, RunFailedError) and not err.input_is_wrong else 2

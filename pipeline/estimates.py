@@ -13,6 +13,9 @@ from prefixquant.tasks.search import SearchConfig
 PROCESS_BYTES = 900 * 2**20
 """Resident memory of a worker with torch and transformers imported; measured on CPU."""
 
+GPU_PROCESS_BYTES = 2200 * 2**20
+"""The same with CUDA started; measured on an H200."""
+
 CPU_FLOPS = 1e11
 """float32 rate of one core in matrix products of these sizes; measured on one machine, good to a factor of 2."""
 
@@ -114,7 +117,7 @@ def estimate(node: Node, shape: Shape) -> Estimate:
             pass
     return Estimate(
         seconds=OVERHEAD_S + flops / (GPU_FLOPS if shape.gpu else CPU_FLOPS),
-        host_bytes=PROCESS_BYTES + (0 if shape.gpu else work_bytes),
+        host_bytes=(GPU_PROCESS_BYTES if shape.gpu else PROCESS_BYTES) + work_bytes,
         device_bytes=work_bytes if shape.gpu else 0,
         stored_bytes=stored,
     )

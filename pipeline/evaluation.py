@@ -29,17 +29,21 @@ def evaluate_model(
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA GPU is available to torch here; use --device cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except RuntimeError as err:
+        raise ConfigError(f"--device {chosen}: {str(err).splitlines()[0]}; use cpu or cuda") from err
     loaded, tokenizer = _load(path, chosen)
     windows = cut_windows(tokenize(tokenizer, documents), config.window, config.max_windows)
     return asdict(model_perplexity(loaded, windows))
 
 
 def _load(path: Path, device: str) -> tuple[Any, Any]:
-    if is_exported(path):
-        return load_quantized(path, device=device), AutoTokenizer.from_pretrained(path)
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if is_exported(path):
+            return load_quantized(path, device=device), tokenizer
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
     except (OSError, ValueError) as err:
         raise CheckpointError(f"{path} cannot be loaded: {str(err).splitlines()[0]}") from err

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -20,6 +21,8 @@ from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.search import SearchConfig
 from prefixquant.tasks.texts import NAMED_SETS, TextConfig, WindowsConfig
 from prefixquant.tasks.train_config import TrainConfig
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # run ids begin with it
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -298,8 +301,10 @@ def _problems(recipe: Recipe) -> list[str]:
     """Return what is out of range in, or contradictory between, the groups of a recipe."""
     quantize, train = recipe.quantize, recipe.train
     problems = []
-    if not recipe.name:
-        problems.append("name is empty; give the run a name")
+    if not _NAME.fullmatch(recipe.name):
+        problems.append(
+            f"name must be 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit, got {recipe.name!r}"
+        )
     if recipe.seed < 0:
         problems.append(f"seed must not be negative, got {recipe.seed}")
     if quantize.keys is not None and quantize.keys.before_rope and recipe.rotate.r3:

@@ -27,8 +27,8 @@ def run_report(context: TaskContext) -> TaskOutput:
     config: ReportNode = context.config
     prefix = context.inputs["prefix"].record
     blocks = [
-        {"error": block.record["error"], "error_before_search": block.record["error_before_search"]}
-        for block in context.inputs["blocks"]
+        {"error": record["error"], "error_before_search": record["error_before_search"]}
+        for record in context.inputs["blocks"].records()
     ]
     measured = []
     for name in context.inputs:

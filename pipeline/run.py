@@ -1,6 +1,7 @@
 """One run of a recipe: source, graph, plan, execution, tracking, output folder."""
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from prefixquant.cluster.ray_session import RaySession, connect
-from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactStore, StoreUnwritable
+from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore, StoreUnwritable
 from prefixquant.pipeline.artifacts import load_artifact
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
 from prefixquant.pipeline.graph import Graph
@@ -35,6 +36,11 @@ _MAX_REPAIRS = 10  # of artifacts that this process finds damaged
 
 class RunFailedError(PrefixQuantError):
     """A task failed or the run was interrupted; what is finished is stored."""
+
+    def __init__(self, message: str, *, interrupted: bool = False, input_is_wrong: bool = False) -> None:
+        super().__init__(message)
+        self.interrupted = interrupted
+        self.input_is_wrong = input_is_wrong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,10 +149,10 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
         while True:
             try:
                 return _run_once(recipe, options, store, source, session, start)
-            except ArtifactCorrupted as err:
+            except (ArtifactCorrupted, ArtifactMissing) as err:
                 # Found by this process; the runner repairs what a task finds. Discarded, it is built again.
                 repairs += 1
-                if err.key is None or err.name is None or repairs > _MAX_REPAIRS:
+                if err.key is None or repairs > _MAX_REPAIRS:
                     raise
                 store.discard(err.key)
 
@@ -169,12 +175,13 @@ def _run_once(
     graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
     run = _Tracked(recipe, graph, store, options)
     plan = make_plan(graph, targets(graph), store, _previous(store, recipe.name))
-    result = run.execute(plan, session)
-    record = load_artifact(store, graph.key("report")).record
-    if options.out is not None:
-        materialize(graph, store, options.out, model.num_blocks)
-    done = loaded if result is None else loaded | result.results
-    run.finish(record, done, time.monotonic() - start)
+    with run.recorded():
+        result = run.execute(plan, session)
+        record = load_artifact(store, graph.key("report")).record
+        if options.out is not None:
+            materialize(graph, store, options.out, model.num_blocks)
+        done = loaded if result is None else loaded | result.results
+        run.finish(record, done, time.monotonic() - start)
     return RunSummary(
         run_id=run.run_id,
         record=record,
@@ -213,11 +220,13 @@ def _lazy_session(options: RunOptions) -> Iterator[Callable[[], RaySession]]:
 
 def _require(result: RunResult) -> None:
     if result.interrupted:
-        raise RunFailedError("interrupted; finished tasks are stored, and the same command goes on from them")
+        message = "interrupted; finished tasks are stored, and the same command goes on from them"
+        raise RunFailedError(message, interrupted=True)
     if result.failures:
         shown = [str(failure) for failure in result.failures[:_SHOWN_FAILURES]]
         more = len(result.failures) - len(shown)
-        raise RunFailedError("\n".join([*shown, *([f"and {more} more tasks failed"] if more else [])]))
+        message = "\n".join([*shown, *([f"and {more} more tasks failed"] if more else [])])
+        raise RunFailedError(message, input_is_wrong=all(failure.input_is_wrong for failure in result.failures))
 
 
 def _previous(store: ArtifactStore, name: str) -> dict[str, str]:
@@ -257,23 +266,27 @@ class _Tracked:
             self._start_tracking()
         if not something:
             return None
-        result: RunResult | None = None
+        with make_progress(self.options.quiet, plan) as progress:
+
+            def on_event(event: Event) -> None:
+                progress(event)
+                self._track(event)
+
+            result = execute(self.graph, targets(self.graph), self.store, session(), on_event=on_event)
+        _require(result)
+        return result
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Within the context, an error also ends the run's record and its MLflow run."""
         try:
-            with make_progress(self.options.quiet, plan) as progress:
-
-                def on_event(event: Event) -> None:
-                    progress(event)
-                    self._track(event)
-
-                result = execute(self.graph, targets(self.graph), self.store, session(), on_event=on_event)
-            _require(result)
-        except BaseException:
-            interrupted = result is not None and result.interrupted
+            yield
+        except BaseException as err:
+            interrupted = isinstance(err, KeyboardInterrupt) or getattr(err, "interrupted", False)
             with suppress(StoreUnwritable):  # on a full disk it would hide which task failed
                 self._write_ref("interrupted" if interrupted else "failed")
             self.tracker.finish("KILLED" if interrupted else "FAILED")
             raise
-        return result
 
     def _start_tracking(self) -> None:
         uri = self.options.tracking or default_tracking(self.store)
@@ -308,7 +321,8 @@ class _Tracked:
             metrics: dict[str, float] = {"seconds": seconds, "prefix/num_tokens": len(record["prefix"]["token_ids"])}
             for each in record["perplexity"]:
                 model = each["model"].replace(" ", "_")
-                metrics[f"eval/{Path(each['text']).stem}_ppl/{model}"] = each["ppl"]
+                text = re.sub(r"[^\w.-]", "_", each["text"])  # what MLflow takes in a name
+                metrics[f"eval/{text}_ppl/{model}"] = each["ppl"]
             errors = [block["error"] for block in record["blocks"]]
             metrics["block_error/mean"] = sum(errors) / len(errors)
             metrics |= {f"seconds/{stage}": each for stage, each in _stage_seconds(self.graph, done).items()}

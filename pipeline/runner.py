@@ -16,7 +16,7 @@ from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.graph import Graph
 from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
 from prefixquant.pipeline.worker import NodeCall, NodeResult, run_node
-from prefixquant.tasks.errors import ConfigError, DataError, NumericalError
+from prefixquant.tasks.errors import CheckpointError, ConfigError, DataError, NumericalError, UnsupportedModelError
 
 _MAX_REPAIRS = 2  # of one artifact
 _POLL_S = 1.0  # so that signals are heard while tasks run
@@ -24,6 +24,7 @@ _POLL_S = 1.0  # so that signals are heard while tasks run
 _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
     (ConfigError, "Correct the recipe and run again; what is finished is stored."),
     (DataError, "Correct the texts that the recipe names and run again; what is finished is stored."),
+    ((CheckpointError, UnsupportedModelError), "Correct the model's files and run again; what is finished is stored."),
     (NumericalError, "The numbers diverged: lower the learning rate, or look at what enters that block."),
     (StoreUnwritable, "Make room or choose another store, then run again; what is finished is stored."),
     (
@@ -33,6 +34,7 @@ _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     (MemoryError, "Too little memory: lower the batch or calibration size of that task, or use a larger machine."),
     (TaskLostError, "The worker died each time, mostly for lack of memory. Run again to go on from here."),
 )
+_INPUT_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedModelError)
 _DEFAULT_ADVICE = "Run again to go on from here; what is finished is stored."
 
 Outcome = Literal["done", "cached", "failed", "skipped", "unneeded"]
@@ -77,6 +79,9 @@ class NodeFailure:
 
     detail: str
     """The worker's traceback, where there is one."""
+
+    input_is_wrong: bool = False
+    """Whether the user's recipe, model or text is at fault, not the run."""
 
     def __str__(self) -> str:
         return f"{self.node} failed (artifact {self.key[:12]}): {self.error}\n{self.advice}"
@@ -253,6 +258,7 @@ class _Run:
             error=f"{type(err).__name__}: {text}",
             advice=_advice(err),
             detail=str(err.__cause__ or ""),
+            input_is_wrong=isinstance(err, _INPUT_ERRORS),
         )
         self.failures[name] = failure
         self.set_state(name, "failed", message=failure.error)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from prefixquant.pipeline.recipe import ModelConfig
-from prefixquant.tasks.errors import CheckpointError
+from prefixquant.tasks.errors import CheckpointError, ConfigError
 
 _PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """Files of a model folder that decide what it computes: weights, config, tokenizer, chat template."""
@@ -22,6 +22,8 @@ def resolve_source(model: ModelConfig) -> Path:
     """
     path = Path(model.source).expanduser()
     if path.exists():
+        if model.revision is not None:
+            raise ConfigError(f"model.revision is for hub ids; {model.source!r} is a local path, so leave it out")
         return path.absolute()
     if model.source.endswith(".gguf") or model.source[0] in "/.~" or model.source.count("/") != 1:
         raise CheckpointError(

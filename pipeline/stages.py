@@ -13,7 +13,6 @@ from prefixquant.pipeline.keys import outside_key
 from prefixquant.pipeline.worker import TaskContext, TaskOutput
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.calibrate import CalibrateConfig, Ranges, calibrate_blocks
-from prefixquant.tasks.errors import UnsupportedModelError
 from prefixquant.tasks.evaluate import PerplexityConfig, perplexity
 from prefixquant.tasks.export import ENDS_FILE, PREFIX_FILE, block_file, export_files
 from prefixquant.tasks.find_prefix import FindPrefixConfig, choose_prefix, down_input_peaks, prefix_key_values
@@ -77,8 +76,7 @@ def run_tokens(context: TaskContext) -> TaskOutput:
         windows = draw_windows(tokens, config.windows, where=f"{config.where}.length")
     else:
         windows = cut_windows(tokens, config.windows.window, config.windows.max_windows, where="evaluate.window")
-    record = {"source": config.text.source, "text_tokens": tokens.numel()}
-    return TaskOutput(Artifact(tensors={"windows": windows}, record=record))
+    return TaskOutput(Artifact(tensors={"windows": windows}), metrics={"text_tokens": tokens.numel()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +97,7 @@ def run_rotate(context: TaskContext) -> TaskOutput:
     options: dict[str, Any] = {"dtype": torch_dtype(config.dtype), "device": context.device}
     if config.block is None:
         return TaskOutput(_ends_artifact(rotate_ends(read_ends(checkpoint, family), config.rotate, **options), model))
-    weights = checkpoint.read_block(family, config.block)
+    weights = checkpoint.read_block(family, config.block, block_shapes(model.config, config.block))
     head_dim = head_size(model.config)
     return TaskOutput(Artifact(rotate_block(weights, family, head_dim, config.block, config.rotate, **options)))
 
@@ -166,11 +164,7 @@ def run_prefix(context: TaskContext) -> TaskOutput:
     if config.find.tokens is not None:
         token_ids = config.find.tokens
     else:
-        if model.bos_token_id is None:
-            raise UnsupportedModelError(
-                "prefix: the tokenizer has no BOS token, with which a searched prefix ends; "
-                "name the prefix yourself with prefix.tokens=[...], or prefix.tokens=[] for none"
-            )
+        assert model.bos_token_id is not None  # `check_fit` has seen to it
         ends = _ends(context.inputs["ends"], model)
         windows = context.inputs["windows"].tensors["windows"]
         blocks = RotatedBlocks(context, model, config.transforms, None)
@@ -183,9 +177,6 @@ def run_prefix(context: TaskContext) -> TaskOutput:
             "outliers_per_sequence": list(choice.outliers_per_sequence),
             "peak_ratio": list(choice.peak_ratio),
         }
-    vocabulary = model.config.vocab_size
-    if any(token >= vocabulary for token in token_ids):
-        raise UnsupportedModelError(f"prefix.tokens {list(token_ids)}: the vocabulary has {vocabulary} entries")
     tensors = {}
     if token_ids:
         blocks = RotatedBlocks(context, model, config.transforms, None)
@@ -286,12 +277,11 @@ def run_block(context: TaskContext) -> TaskOutput:
         config.search,
         batch_size=_batch_size(stream),
     )
-    record = {"error": result.error, "error_before_search": result.error_before, "search": result.search}
     spec = config.quantize.weights
     tensors = block_tensors(weights, result.weights, result.sites, model.family, config.block, spec)
-    return TaskOutput(
-        Artifact(tensors, record), metrics={"error": result.error, "error_before_search": result.error_before}
-    )
+    errors = {"error": result.error, "error_before_search": result.error_before}
+    record: dict[str, Any] = {**errors, "search": result.search, "tensors": sorted(tensors)}
+    return TaskOutput(Artifact(tensors, record), metrics=errors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,8 +322,9 @@ def run_evaluate(context: TaskContext) -> TaskOutput:
 def _original_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple[Block, None]]:
     config: EvaluateNode = context.config
     checkpoint, dtype = model.checkpoint(config.path), torch_dtype(config.dtype)
+    shapes = block_shapes(model.config, 0)
     for index in range(model.num_blocks):
-        weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index).items()}
+        weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index, shapes).items()}
         yield _block(context, model, index, weights, OnlineTransforms(r3=False, r4=False)), None
 
 
@@ -366,8 +357,9 @@ def run_export(context: TaskContext) -> TaskOutput:
     """Write the small files of the output folder; its shards are the stored artifacts themselves."""
     config: ExportNode = context.config
     model = LoadedModel.from_artifact(context.inputs["load"])
-    shards = {block_file(i): tuple(block.tensors) for i, block in enumerate(context.inputs["blocks"])}
-    shards[ENDS_FILE] = tuple(context.inputs["ends"].tensors)
+    family = model.family
+    shards = {block_file(i): tuple(record["tensors"]) for i, record in enumerate(context.inputs["blocks"].records())}
+    shards[ENDS_FILE] = tuple(f"{name}.weight" for name in (family.embedding, family.final_norm, family.head))
     prefix = context.inputs["prefix"]
     files = export_files(
         model, config.quantize, config.transforms, config.dtype, tuple(prefix.record["token_ids"]), shards

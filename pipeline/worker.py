@@ -17,7 +17,7 @@ import torch
 
 from prefixquant.cluster.ray_session import assigned_gpus
 from prefixquant.cluster.store import ArtifactStore
-from prefixquant.pipeline.artifacts import load_artifact, publish_artifact
+from prefixquant.pipeline.artifacts import load_artifact, load_record, publish_artifact
 from prefixquant.pipeline.graph import GraphError, Task
 from prefixquant.pipeline.keys import plain_config
 from prefixquant.tasks.artifact import Artifact
@@ -42,6 +42,10 @@ class LazyArtifacts(Sequence[Artifact]):
         if isinstance(index, slice):
             return LazyArtifacts(self._store, self._keys[index])
         return load_artifact(self._store, self._keys[index])
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Give the artifacts' records alone, without reading their tensors."""
+        return (load_record(self._store, key) for key in self._keys)
 
 
 class LazyInputs(Mapping[str, Any]):

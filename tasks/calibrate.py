@@ -80,4 +80,5 @@ def calibrate_blocks(
             assert seen.high is not None
             ranges[name] = (seen.low.cpu(), seen.high.cpu())
         result.append(ranges)
+        del block  # before the next one is built
     return result

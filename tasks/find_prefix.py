@@ -113,6 +113,7 @@ def down_input_peaks(blocks: Iterable[Block], stream_NTD: Tensor, *, batch_size:
             )
             hook.remove()
         peaks.append(torch.cat(found))
+        del block  # before the next one is built
     return torch.stack(peaks)
 
 

@@ -94,6 +94,8 @@ def load_model(path: str) -> LoadedModel:
         CheckpointError: it is missing, damaged or incomplete.
         UnsupportedModelError: its architecture is not known.
     """
+    if (Path(path) / "prefixquant.json").is_file():
+        raise CheckpointError(f"{path} is a quantized model already; give the original one")
     checkpoint = cached_checkpoint(path)
     config, family = check_checkpoint(checkpoint)
     tokenizer = _load_tokenizer(Path(path))

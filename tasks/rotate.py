@@ -8,11 +8,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from prefixquant.kernels.hadamard import hadamard_transform, has_hadamard
 from prefixquant.tasks.errors import ConfigError, NumericalError, UnsupportedModelError
 from prefixquant.tasks.model.checkpoint import check_finite
 from prefixquant.tasks.model.families import ModelFamily
+from prefixquant.tasks.model.sites import head_size
 
 RotationKind = Literal["hadamard", "orthogonal"]
 
@@ -39,6 +41,22 @@ class RotateConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"rotate.seed must not be negative, got {self.seed}")
+
+
+def check_rotations(config: PretrainedConfig, rotate: RotateConfig) -> None:
+    """Raise UnsupportedModelError when a Hadamard rotation has no matrix for the model's sizes."""
+    head_dim = head_size(config)
+    wanted = {
+        "rotate.r1": (rotate.r1 == "hadamard", "hidden_size", config.hidden_size, "orthogonal"),
+        "rotate.r2": (rotate.r2 == "hadamard", "head_dim", head_dim, "orthogonal"),
+        "rotate.r3": (rotate.r3, "head_dim", head_dim, "false"),
+        "rotate.r4": (rotate.r4, "intermediate_size", config.intermediate_size, "false"),
+    }
+    for key, (on, what, size, instead) in wanted.items():
+        if on and not has_hadamard(size):
+            raise UnsupportedModelError(
+                f"{key}: no Hadamard matrix of order {size} ({what}) is known; set {key}={instead}"
+            )
 
 
 class Rotation:

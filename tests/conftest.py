@@ -1,6 +1,7 @@
 """Fixtures that several folders share; makes tests/tiny.py importable as `tiny` and finds the real model."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from prefixquant.cluster.ray_session import RaySession, connect
+
+# A job that a shell starts in the background ignores SIGINT and hands that down; the tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).resolve().parent
 if str(TESTS) not in sys.path:

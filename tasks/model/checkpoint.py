@@ -1,6 +1,7 @@
 """A checkpoint on disk whose tensors are read one at a time: a Hugging Face folder or a GGUF file."""
 
 import json
+import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from prefixquant.tasks.model.families import ModelFamily, find_family
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +51,13 @@ class Checkpoint(ABC):
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU, in its stored type (float32 for quantized GGUF types)."""
 
-    @abstractmethod
-    def files(self) -> list[Path]:
-        """Return the files whose bytes decide what the model computes: config, weights."""
+    def read_block(self, family: ModelFamily, block: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the named tensors of one decoder block, by their name inside the block.
 
-    def read_block(self, family: ModelFamily, block: int) -> dict[str, Tensor]:
-        """Return the tensors of one decoder block, by their name inside the block."""
+        Old checkpoints hold more than the model has, such as rotary frequencies; that is left aside.
+        """
         prefix = family.block_prefix(block)
-        return {name.removeprefix(prefix): self.read(name) for name in self.tensors if name.startswith(prefix)}
+        return {name: self.read(prefix + name) for name in names}
 
     def dtype(self, choice: str) -> torch.dtype:
         """Return the type in which blocks are kept: `auto` is the checkpoint's own, else a torch type by name."""
@@ -87,9 +88,11 @@ class SafetensorsCheckpoint(Checkpoint):
                     f"{path / shard}: {INDEX_FILE} promises {missing[0]} ({len(missing)} tensors missing); "
                     f"download the shard again"
                 )
-        floats = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-        stored = {floats[info.dtype] for info in self.tensors.values() if info.dtype in floats}
-        self.default_dtype = torch.float32 if torch.float32 in stored or not stored else stored.pop()
+        weight_of = dict.fromkeys(_FLOATS, 0)
+        for info in self.tensors.values():
+            if info.dtype in weight_of:
+                weight_of[info.dtype] += math.prod(info.shape)
+        self.default_dtype = _FLOATS[max(weight_of, key=lambda kind: weight_of[kind])]
 
     def _shards(self) -> dict[str, list[str]]:
         index = self.path / INDEX_FILE
@@ -126,10 +129,6 @@ class SafetensorsCheckpoint(Checkpoint):
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as err:
             raise CheckpointError(f"{shard}: cannot read {name} ({err}); download the shard again") from err
-
-    def files(self) -> list[Path]:
-        """Return config.json and the shards."""
-        return [self.path / "config.json", *(self.path / shard for shard in sorted(set(self._shard_of.values())))]
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from gguf.quants import quant_shape_to_byte_shape
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from prefixquant.tasks.errors import CheckpointError
+from prefixquant.tasks.errors import CheckpointError, UnsupportedModelError
 from prefixquant.tasks.model.checkpoint import Checkpoint, TensorInfo
 from prefixquant.tasks.model.families import ModelFamily, find_family
 
@@ -66,10 +66,6 @@ class GGUFCheckpoint(Checkpoint):
             return _uninterleave(values, self._index["heads" if inner == self._family.q else "kv_heads"])
         return values
 
-    def files(self) -> list[Path]:
-        """Return the file itself."""
-        return [self.path]
-
 
 def _read_index(path: Path) -> dict[str, Any]:
     """Return what reading tensors takes, as JSON values: family, head counts, each tensor's type, shape and offset."""
@@ -79,6 +75,12 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is truncated or no GGUF file ({err}); download it again") from err
     model_type = _field(reader, "general.architecture", "unknown")
     family = find_family(model_type)
+    scaling = _field(reader, f"{model_type}.rope.scaling.type", "none")
+    if scaling != "none" or any(tensor.name.startswith("rope_freqs") for tensor in reader.tensors):
+        raise UnsupportedModelError(
+            f"{path}: it scales its rotary frequencies, which transformers does not read from GGUF files; "
+            f"use the model's Hugging Face folder"
+        )
     tensors = {}
     for tensor in reader.tensors:
         name = _hugging_face_name(path, family, tensor.name)
@@ -103,7 +105,7 @@ def _hugging_face_name(path: Path, family: ModelFamily, name: str) -> str | None
     if stem in _TOP:
         return f"{getattr(family, _TOP[stem])}.{suffix}"
     if not stem.startswith("blk."):
-        return None  # rope_freqs and the like: part of the config
+        return None
     _, block, part = stem.split(".", 2)
     inner = _QK_NORMS.get(part) or getattr(family, _BLOCK.get(part, ""), None)
     if inner is None:

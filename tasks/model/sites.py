@@ -6,8 +6,6 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from prefixquant.kernels.hadamard import has_hadamard
-from prefixquant.tasks.errors import UnsupportedModelError
 from prefixquant.tasks.model.families import ModelFamily
 from prefixquant.tasks.model.modules import KeySiteBeforeRope, Site, SiteLinear, SiteNorm
 from prefixquant.tasks.model.quantizer import SiteQuantizer
@@ -21,7 +19,6 @@ ATTENTION_INPUT, KEYS, VALUES, O_INPUT, MLP_INPUT, DOWN_INPUT = (
     "mlp_input",
     "down_input",
 )
-ACTIVATION_SITES = (ATTENTION_INPUT, O_INPUT, MLP_INPUT, DOWN_INPUT)
 ALL_SITES = (ATTENTION_INPUT, KEYS, VALUES, O_INPUT, MLP_INPUT, DOWN_INPUT)
 """In the order data flows through them."""
 
@@ -103,14 +100,3 @@ def _any(layer: nn.Module, name: str) -> Any:
 def head_size(config: PretrainedConfig) -> int:
     """Return the channels of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def check_transforms(config: PretrainedConfig, transforms: OnlineTransforms) -> None:
-    """Raise UnsupportedModelError when an online Hadamard has no matrix for the model's sizes."""
-    wanted = {
-        "rotate.r3": (transforms.r3, "head_dim", head_size(config)),
-        "rotate.r4": (transforms.r4, "intermediate_size", config.intermediate_size),
-    }
-    for key, (on, what, size) in wanted.items():
-        if on and not has_hadamard(size):
-            raise UnsupportedModelError(f"{key}: no Hadamard matrix of order {size} ({what}) is known; set {key}=false")

@@ -105,9 +105,6 @@ def _check_mode(owner: str, mode: Mode, granularity: str) -> None:
         raise ConfigError(f"{owner}: granularity {granularity!r} contradicts mode {mode!r}; use {other!r}")
 
 
-QuantSpec = WeightSpec | ActivationSpec | KeyValueSpec
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeConfig:
     """What is quantized in every block. A group that is None stays in full precision."""

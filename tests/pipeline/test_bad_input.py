@@ -95,7 +95,7 @@ def test_missing_shard_is_named_and_once_back_nothing_was_lost(world, cli):
     stored = cli().summary
     shard = sorted(world.model.glob("model-*.safetensors"))[1]
     moved = shard.rename(world.folder / "away")
-    says(cli(), 1, "load failed", str(shard), "is missing", "download the shard again")
+    says(cli(), 2, "load failed", str(shard), "is missing", "download the shard again")
     moved.rename(shard)
     nothing_was_lost(cli, stored)
 
@@ -103,7 +103,7 @@ def test_missing_shard_is_named_and_once_back_nothing_was_lost(world, cli):
 def test_truncated_shard_is_named_and_once_whole_nothing_was_lost(world, cli, stored):
     whole = (world.model / WEIGHTS).read_bytes()
     (world.model / WEIGHTS).write_bytes(whole[:-1000])
-    says(cli(), 1, WEIGHTS, "truncated", f"needs {len(whole)} bytes, it has {len(whole) - 1000}", "download it again")
+    says(cli(), 2, WEIGHTS, "truncated", f"needs {len(whole)} bytes, it has {len(whole) - 1000}", "download it again")
     (world.model / WEIGHTS).write_bytes(whole)
     nothing_was_lost(cli, stored)
 
@@ -111,17 +111,17 @@ def test_truncated_shard_is_named_and_once_whole_nothing_was_lost(world, cli, st
 def test_wrong_tensor_shape_is_named_with_both_shapes(world, cli, stored):
     whole = (world.model / WEIGHTS).read_bytes()
     edit_weights(world.model, lambda w: w.update({DOWN: torch.zeros(48, 90)}))
-    says(cli(), 1, DOWN, "[48, 90]", "[48, 96]", "config")
+    says(cli(), 2, DOWN, "[48, 90]", "[48, 96]", "config")
     (world.model / WEIGHTS).write_bytes(whole)
     nothing_was_lost(cli, stored)
 
 
 def test_unknown_architecture_is_refused_with_the_known_ones(world, cli, stored):
     tiny.edit_config(world.model, model_type="gpt2")
-    says(cli(), 1, "'gpt2' is not supported", "llama, mistral, qwen2, qwen3", "families.py")
+    says(cli(), 2, "'gpt2' is not supported", "llama, mistral, qwen2, qwen3", "families.py")
     tiny.edit_config(world.model, model_type="llama")
     tiny.edit_config(world.model, architectures=["LlamaForSequenceClassification"])
-    says(cli(), 1, "LlamaForSequenceClassification", "LlamaForCausalLM")
+    says(cli(), 2, "LlamaForSequenceClassification", "LlamaForCausalLM")
 
 
 def test_nan_weight_is_named_with_its_block_and_the_other_blocks_are_kept(world, cli, stored):
@@ -191,7 +191,7 @@ def test_qwen2_tokenizer_without_bos_uses_the_end_of_text_token(world, cli):
 def test_missing_tokenizer_is_named(world, cli):
     for file in world.model.glob("tokenizer*"):
         file.unlink()
-    says(cli(), 1, str(world.model), "tokenizer cannot be loaded", "tokenizer.json")
+    says(cli(), 2, str(world.model), "tokenizer cannot be loaded", "tokenizer.json")
 
 
 # Where the model is
@@ -225,7 +225,7 @@ def test_truncated_gguf_file_is_named(world, cli):
     writer.write_tensors_to_file()
     writer.close()
     path.write_bytes(path.read_bytes()[:-64])
-    says(cli(f"model.source={path}"), 1, str(path), "truncated or no GGUF file", "download it again")
+    says(cli(f"model.source={path}"), 2, str(path), "truncated or no GGUF file", "download it again")
 
 
 # The texts
@@ -234,7 +234,7 @@ def test_truncated_gguf_file_is_named(world, cli):
 def test_empty_calibration_text_is_named_and_once_filled_the_run_goes_on(world, cli):
     full = world.calibration.read_text()
     world.calibration.write_text("\n\n")
-    says(cli(UNMEASURED), 1, str(world.calibration), "holds no text", "give a")
+    says(cli(UNMEASURED), 2, str(world.calibration), "holds no text", "give a")
     world.calibration.write_text(full)
     found = cli(UNMEASURED)
     assert found.status == 0, found.message
@@ -244,7 +244,7 @@ def test_empty_calibration_text_is_named_and_once_filled_the_run_goes_on(world, 
 def test_short_calibration_text_is_told_with_both_lengths_and_the_key(world, cli):
     world.calibration.write_text(json.dumps({"text": "twenty letters only."}))
     found = cli(UNMEASURED)
-    says(found, 1, "holds 20 tokens", "windows of 32", "smaller data.statistics.length")
+    says(found, 2, "holds 20 tokens", "windows of 32", "smaller data.statistics.length")
     assert cli("data.statistics.length=20", "data.search.length=20", UNMEASURED).status == 0
 
 

@@ -265,3 +265,9 @@ def test_the_docs_map_each_flag_of_the_original_once_to_keys_that_exist():
 
 def test_the_docs_list_the_shipped_recipes():
     assert sorted(re.findall(r"^\| `([\w-]+)` \|", section("Shipped recipes"), re.MULTILINE)) == list(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", ["", "Llama 3 8B", ".hidden", "a/b", "x" * 101])
+def test_a_name_that_cannot_begin_a_run_id_is_refused(name):
+    with pytest.raises(ConfigError, match="name must be 1 to 100 letters"):
+        parse_recipe({"name": name, "model": {"source": "m"}, "data": {"calibration": "python-docs"}})

@@ -157,6 +157,16 @@ def test_an_output_folder_is_replaced_if_it_is_ours_and_refused_before_anything_
     assert "rotate[0]" in done.plan("seed=5").names("run")
 
 
+def test_a_run_whose_output_cannot_be_written_is_recorded_as_failed_and_goes_on(done):
+    blocker = done.folder / "blocker"
+    blocker.write_text("no folder")
+    with pytest.raises(OutputError, match="cannot be written"):
+        done.run("evaluate.texts=[]", out=blocker / "out")
+    assert "failed" in {done.store.read_ref(run)["status"] for run in done.store.run_ids()}
+    blocker.unlink()
+    assert done.run("evaluate.texts=[]", out=blocker / "out").tasks_run == 0
+
+
 def test_mlflow_holds_recipe_block_errors_perplexities_costs_and_keys(world):
     summary = world.run(tracking=None)
     client, run = tracked(world, summary)
@@ -167,8 +177,8 @@ def test_mlflow_holds_recipe_block_errors_perplexities_costs_and_keys(world):
     assert sorted((point.step, point.value) for point in points) == [
         (block, pytest.approx(each["error"])) for block, each in enumerate(summary.record["blocks"])
     ]
-    assert run.data.metrics["eval/evaluation_ppl/quantized"] == pytest.approx(perplexities(summary)["quantized"])
-    assert run.data.metrics["eval/evaluation_ppl/full_precision"] == pytest.approx(
+    assert run.data.metrics["eval/evaluation.jsonl_ppl/quantized"] == pytest.approx(perplexities(summary)["quantized"])
+    assert run.data.metrics["eval/evaluation.jsonl_ppl/full_precision"] == pytest.approx(
         perplexities(summary)["full precision"]
     )
     assert run.data.metrics["seconds/block"] > 0

@@ -4,7 +4,7 @@ import torch
 
 from prefixquant.tasks.errors import ConfigError, NumericalError, UnsupportedModelError
 from prefixquant.tasks.model.families import LLAMA
-from prefixquant.tasks.rotate import Ends, RotateConfig, Rotation, rotate_block, rotate_ends
+from prefixquant.tasks.rotate import Ends, RotateConfig, Rotation, check_rotations, rotate_block, rotate_ends
 
 EXACT = 1e-5  # float32 roundings over two blocks
 
@@ -119,3 +119,19 @@ def test_rotation_refuses_a_size_without_hadamard_matrix():
 def test_rotate_config_refuses_a_negative_seed():
     with pytest.raises(ConfigError, match=r"rotate\.seed must not be negative, got -1"):
         RotateConfig(seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("key", "sizes", "rotate"),
+    [
+        ("r1", {"hidden_size": 260}, RotateConfig(r2=None, r3=False, r4=False)),
+        ("r2", {"head_dim": 6}, RotateConfig(r1=None, r3=False, r4=False)),
+        ("r3", {"head_dim": 6}, RotateConfig(r1=None, r2=None, r4=False)),
+        ("r4", {"intermediate_size": 90}, RotateConfig(r1=None, r2=None, r3=False)),
+    ],
+)
+def test_check_rotations_names_the_setting_to_change(key, sizes, rotate):
+    config = tiny.tiny_config("llama", **sizes)
+    check_rotations(config, RotateConfig(r1="orthogonal", r2="orthogonal", r3=False, r4=False))
+    with pytest.raises(UnsupportedModelError, match=rf"rotate\.{key}: no Hadamard matrix .*set rotate\.{key}="):
+        check_rotations(config, rotate)

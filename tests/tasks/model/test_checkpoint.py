@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefixquant.tasks.errors import CheckpointError, NumericalError, UnsupportedModelError
+from prefixquant.tasks.model.block import block_shapes
 from prefixquant.tasks.model.checkpoint import INDEX_FILE, SINGLE_FILE, check_checkpoint, check_finite, open_checkpoint
 from prefixquant.tasks.model.families import LLAMA
 
@@ -45,16 +46,29 @@ def test_checkpoint_reads_what_the_model_holds(layout, request):
 
 
 def test_read_block_gives_block_relative_names(sharded):
-    block = open_checkpoint(sharded).read_block(LLAMA, 1)
     wanted = tiny.block_weights(tiny.tiny_model(tiny.tiny_config("llama", blocks=2)), 1)
+    block = open_checkpoint(sharded).read_block(LLAMA, 1, wanted)
     assert set(block) == set(wanted)
     assert all(torch.equal(block[name], wanted[name]) for name in wanted)
 
 
 def test_read_block_does_not_mix_blocks_1_and_10(tmp_path):
     model = tiny.write_tiny_model(tmp_path, blocks=12)
-    block = open_checkpoint(tmp_path).read_block(LLAMA, 1)
-    assert set(block) == set(tiny.block_weights(model, 1))
+    wanted = tiny.block_weights(model, 1)
+    block = open_checkpoint(tmp_path).read_block(LLAMA, 1, wanted)
+    assert all(torch.equal(block[name], wanted[name]) for name in wanted)
+
+
+def test_checkpoint_with_rotary_frequencies_of_old_keeps_its_type_and_its_blocks(tmp_path):
+    model = tiny.tiny_model(tiny.tiny_config("llama", blocks=2)).half()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    model.config.save_pretrained(tmp_path)
+    frequencies = {f"model.layers.{block}.self_attn.rotary_emb.inv_freq": torch.ones(8) for block in range(2)}
+    save_file(state | frequencies, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    config, family = check_checkpoint(checkpoint)
+    assert checkpoint.default_dtype == torch.float16
+    assert set(checkpoint.read_block(family, 1, block_shapes(config, 1))) == set(tiny.block_weights(model, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -73,11 +87,6 @@ def test_check_checkpoint_accepts_every_variant(variant, tmp_path):
     _, family = check_checkpoint(checkpoint)
     assert family is tiny.family_of(model)
     assert checkpoint.has_head(family) == (not model.config.tie_word_embeddings)
-
-
-def test_files_are_config_and_shards(sharded):
-    files = open_checkpoint(sharded).files()
-    assert files == [sharded / "config.json", *sorted(sharded.glob("*.safetensors"))]
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])

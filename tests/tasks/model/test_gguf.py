@@ -67,13 +67,19 @@ def write_gguf(path: Path, model: PreTrainedModel, extra: str | None = None) -> 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_gguf_gives_the_tensors_under_their_hugging_face_names(model_type, tmp_path):
     model = gguf_model(model_type)
-    write_gguf(tmp_path / "tiny.gguf", model, extra="rope_freqs.weight")
+    write_gguf(tmp_path / "tiny.gguf", model)
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
     state = model.state_dict()
     assert set(checkpoint.tensors) == set(state)
     for name, wanted in state.items():
         assert checkpoint.tensors[name].shape == tuple(wanted.shape)
         assert torch.equal(checkpoint.read(name), wanted), name
+
+
+def test_gguf_with_scaled_rotary_frequencies_is_refused(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", gguf_model("llama"), extra="rope_freqs.weight")
+    with pytest.raises(UnsupportedModelError, match=r"scales its rotary frequencies.*Hugging Face folder"):
+        open_checkpoint(tmp_path / "tiny.gguf")
 
 
 def test_gguf_agrees_with_its_config(tmp_path):

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from prefixquant.kernels.hadamard import hadamard_transform
-from prefixquant.tasks.errors import UnsupportedModelError
 from prefixquant.tasks.model.block import Block
 from prefixquant.tasks.model.cache import prefix_cache
-from prefixquant.tasks.model.sites import ALL_SITES, KEYS, OnlineTransforms, check_transforms
+from prefixquant.tasks.model.sites import ALL_SITES, KEYS
 from prefixquant.tasks.model.spec import KeyValueSpec, QuantizeConfig
 from prefixquant.tasks.rotate import RotateConfig
 
@@ -102,12 +101,3 @@ def test_r3_rotates_the_keys_that_the_site_sees():
 def test_queries_are_rotated_only_with_r3(r3):
     block = tiny.build_blocks(tiny.tiny_variant("llama"), replace(R3, r3=r3))[0]
     assert block.attention.rotate_queries is r3
-
-
-def test_check_transforms_names_the_setting_to_switch_off():
-    config = tiny.tiny_config("llama", head_dim=6, intermediate_size=90)
-    check_transforms(config, OnlineTransforms(r3=False, r4=False))
-    with pytest.raises(UnsupportedModelError, match=r"rotate\.r3: .*order 6 \(head_dim\).*set rotate\.r3=false"):
-        check_transforms(config, OnlineTransforms(r3=True, r4=False))
-    with pytest.raises(UnsupportedModelError, match=r"rotate\.r4: .*order 90 \(intermediate_size\)"):
-        check_transforms(config, OnlineTransforms(r3=False, r4=True))
