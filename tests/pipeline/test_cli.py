@@ -94,9 +94,9 @@ def test_run_quiet_has_no_progress(run):
     assert "full precision" in answer.stdout
 
 
-def test_a_failed_task_is_status_1(run):
+def test_wrong_input_that_a_task_finds_is_status_2(run):
     answer = run("evaluate.window=100000", "--quiet")
-    assert answer.status == 1
+    assert answer.status == 2
     assert "tokens[evaluation.jsonl] failed" in answer.stderr
     assert "evaluate.window" in answer.stderr
     assert answer.stdout == ""
