@@ -137,9 +137,13 @@ class RaySession:
             raise TaskLostError(f"{type(err).__name__}: {_first_line(err)}") from err
 
     def cancel(self, refs: Sequence[Ref]) -> None:
-        """Kill the tasks that are under way and forget those that wait. What they have published stays."""
+        """Interrupt the tasks that are under way and forget those that wait. What they have published stays.
+
+        Not by force: a forced cancel that meets a task just ending makes Ray abort this process. A local Ray is shut
+        down next, which ends its workers in any case.
+        """
         for ref in refs:
-            self._ray.cancel(ref, force=True)
+            self._ray.cancel(ref, force=False)
 
 
 def _check_reachable(address: str) -> None:

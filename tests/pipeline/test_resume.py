@@ -16,7 +16,7 @@ import tiny
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.run import RunFailedError, RunOptions, run_recipe
 
-BLOCKS = 6
+BLOCKS = 8
 MARK = "PREFIXQUANT_TEST_MARK"
 SLOW = "search={coarse_points: 60, fine_points: 30, weight_points: 4}"
 """About a second a block."""
@@ -43,26 +43,26 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
-def wait_until(condition, seconds: float = 60) -> None:
-    """Return when the condition holds; fail after so many seconds."""
+def wait_until(condition, seconds: float = 60, shown=lambda: "") -> None:
+    """Return when the condition holds; fail after so many seconds, with what `shown` gives."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"waited in vain: {shown()}"
         time.sleep(0.05)
 
 
 @pytest.fixture
-def six(world):
-    """The world with six blocks and a search of some seconds."""
+def many(world):
+    """The world with many blocks and a search of some seconds."""
     tiny.write_tiny_model(world.model, blocks=BLOCKS)
     return world
 
 
 @pytest.fixture
-def started(six):
+def started(many):
     """`prefixquant run` as a process group of its own, stopped in the middle of the blocks; and its mark."""
     mark = uuid.uuid4().hex
-    command = [Path(sys.executable).with_name("prefixquant"), "run", six.recipe_file(SLOW), "--store", six.store_path]
+    command = [Path(sys.executable).with_name("prefixquant"), "run", many.recipe_file(SLOW), "--store", many.store_path]
     driver = subprocess.Popen(
         [*map(str, command), "--cpus", "2", "--json"],
         env={**os.environ, MARK: mark},
@@ -72,7 +72,7 @@ def started(six):
         start_new_session=True,
     )
     try:
-        wait_until(lambda: len(stored_blocks(six)) >= 2 or driver.poll() is not None, seconds=180)
+        wait_until(lambda: len(stored_blocks(many)) >= 2 or driver.poll() is not None, seconds=180)
         assert driver.poll() is None, driver.communicate()
         yield driver, mark
     finally:
@@ -81,12 +81,12 @@ def started(six):
         driver.wait()
 
 
-def go_on(six):
+def go_on(many):
     """Run the recipe again and return its summary and the blocks that ran."""
-    before = stored_blocks(six)
-    planned = six.plan(SLOW)
-    summary = six.run(SLOW, tracking=None)
-    after = stored_blocks(six)
+    before = stored_blocks(many)
+    planned = many.plan(SLOW)
+    summary = many.run(SLOW, tracking=None)
+    after = stored_blocks(many)
     assert {key: after[key] for key in before} == before  # what was stored has not been touched
     assert summary.tasks_run == len(planned.names("run"))
     return summary, after.keys() - before.keys()
@@ -102,29 +102,30 @@ def block_steps(world):
     return sorted(point.step for point in client.get_metric_history(run.info.run_id, "block/error"))
 
 
-def test_a_killed_run_leaves_no_process_and_goes_on_to_the_result_of_an_undisturbed_one(six, started):
+def test_a_killed_run_leaves_no_process_and_goes_on_to_the_result_of_an_undisturbed_one(many, started):
     driver, mark = started
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    wait_until(lambda: not marked(mark), seconds=30)
-    stored = stored_blocks(six)
+    # seconds as a rule; Ray notices its driver's death late on a busy machine
+    wait_until(lambda: not marked(mark), seconds=90, shown=lambda: marked(mark))
+    stored = stored_blocks(many)
     assert 2 <= len(stored) < BLOCKS
-    summary, built = go_on(six)
+    summary, built = go_on(many)
     assert len(built) == BLOCKS - len(stored)
 
-    undisturbed = run_recipe(six.recipe(SLOW), RunOptions(store=str(six.folder / "other"), tracking="off"))
-    other = ArtifactStore(str(six.folder / "other"))
+    undisturbed = run_recipe(many.recipe(SLOW), RunOptions(store=str(many.folder / "other"), tracking="off"))
+    other = ArtifactStore(str(many.folder / "other"))
     assert undisturbed.run_id == summary.run_id
-    assert other.read_ref(summary.run_id)["keys"] == six.store.read_ref(summary.run_id)["keys"]
+    assert other.read_ref(summary.run_id)["keys"] == many.store.read_ref(summary.run_id)["keys"]
     for each, wanted in zip(summary.record["perplexity"], undisturbed.record["perplexity"], strict=True):
         assert each["ppl"] == pytest.approx(wanted["ppl"], rel=1e-9)
 
-    _, (run,) = mlflow_runs(six)
+    _, (run,) = mlflow_runs(many)
     assert run.info.status == "FINISHED"
-    assert block_steps(six) == list(range(BLOCKS))  # also of blocks whose metrics died with the driver
+    assert block_steps(many) == list(range(BLOCKS))  # also of blocks whose metrics died with the driver
 
 
-def test_an_interrupted_run_ends_cleanly_and_goes_on(six, started):
+def test_an_interrupted_run_ends_cleanly_and_goes_on(many, started):
     driver, mark = started
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
     stdout, stderr = driver.communicate(timeout=60)
@@ -133,17 +134,17 @@ def test_an_interrupted_run_ends_cleanly_and_goes_on(six, started):
     assert len(lines) == 1, stderr
     assert "interrupted; finished tasks are stored" in lines[0]
     assert stdout == ""
-    wait_until(lambda: not marked(mark), seconds=20)
-    _, (run,) = mlflow_runs(six)
+    wait_until(lambda: not marked(mark), seconds=60, shown=lambda: marked(mark))
+    _, (run,) = mlflow_runs(many)
     assert run.info.status == "KILLED"
-    assert six.store.read_ref(run.data.tags["run_id"])["status"] == "interrupted"
-    stored = stored_blocks(six)
-    summary, built = go_on(six)
+    assert many.store.read_ref(run.data.tags["run_id"])["status"] == "interrupted"
+    stored = stored_blocks(many)
+    summary, built = go_on(many)
     assert len(built) == BLOCKS - len(stored)
     assert summary.run_id == run.data.tags["run_id"]
-    _, (run,) = mlflow_runs(six)
+    _, (run,) = mlflow_runs(many)
     assert run.info.status == "FINISHED"
-    assert block_steps(six) == list(range(BLOCKS))
+    assert block_steps(many) == list(range(BLOCKS))
 
 
 def test_a_failed_run_keeps_what_is_done_and_goes_on_as_the_same_mlflow_run(done, capsys):
