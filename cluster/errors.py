@@ -1,4 +1,4 @@
-"""Errors of the artifact store. Each message says where, what was wanted, what came, and the next step."""
+"""Errors of the artifact store and of worker groups. Each message says where, what was wanted, what came, what to do."""
 
 
 class ArtifactError(Exception):
@@ -21,3 +21,11 @@ class ArtifactCorrupted(ArtifactError):  # noqa: N818 - named for the state it r
 
 class StoreUnwritable(ArtifactError):  # noqa: N818 - named for the state it reports
     """The store refused a write: no permission, no space, no such place, or no exclusive creation."""
+
+
+class ResourceError(Exception):
+    """The cluster does not have what was asked for, be it idle."""
+
+
+class RanksError(Exception):
+    """Training was asked for something that its ranks cannot do, or would do otherwise than on a single one."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from prefixquant.cluster.mailbox import Mailbox, start_mailbox
+
 _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds every socket to loopback; _node_ip_address does not
     "RAY_AUTH_MODE": "disabled",  # loopback only; otherwise it depends on a token file in the home folder
@@ -77,6 +79,7 @@ class RaySession:
         self._ray = ray
         self._owned = owned
         self._remotes: dict[tuple[Callable[..., Any], bool], Any] = {}
+        self._box: Any = None
         self._nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.cpus = int(sum(node.get("CPU", 0) for node in self._nodes))
         """Cores of the whole cluster."""
@@ -91,6 +94,9 @@ class RaySession:
 
     def close(self) -> None:
         """Disconnect, which ends a cluster started by `connect`. One that was there before stays."""
+        if self._box is not None:
+            box, self._box = self._box, None
+            self._ray.kill(box)
         if self._owned:
             self._owned = False
             self._ray.shutdown()
@@ -116,6 +122,35 @@ class RaySession:
             remote = self._remotes[function, once] = self._ray.remote(**options)(function)
         return remote.options(name=name, num_cpus=cpus, num_gpus=gpus).remote(*args)
 
+    def submit_group(
+        self, function: Callable[..., Any], *args: Any, name: str, ranks: int, cpus: float = 1, gpus: float = 0
+    ) -> Ref:
+        """Start `function(member, *args)` on a group of `ranks` processes, as `worker_group.run_group` describes.
+
+        The handle is as that of `submit`; the result is that of rank 0. `cpus` and `gpus` are of each rank. What the
+        cluster does not have is an error (ResourceError).
+        """
+        from prefixquant.cluster.worker_group import run_group
+
+        # The group sees to its own restarts; the retries are for the death of the process that watches over it.
+        remote = self._ray.remote(num_cpus=0, max_retries=_MAX_RETRIES, retry_exceptions=False)(run_group)
+        return remote.options(name=name).remote(function, args, ranks=ranks, cpus=cpus, gpus=gpus, name=name)
+
+    def mailbox(self) -> Mailbox:
+        """Return where workers can put messages for `messages`; pass it to them as an argument."""
+        if self._box is None:
+            self._box = start_mailbox()
+        return Mailbox(self._box)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Return the messages that have arrived since the last call, those of one worker in its order."""
+        if self._box is None:
+            return []
+        try:
+            return self._ray.get(self._box.take.remote())
+        except self._ray.exceptions.RayError:
+            return []  # its process died with what it held; Ray starts it again
+
     def wait(self, refs: Sequence[Ref], timeout: float | None = None) -> list[Ref]:
         """Return those of `refs` that have ended, as soon as there is one; none after `timeout` seconds."""
         ready, _ = self._ray.wait(list(refs), num_returns=1, timeout=timeout)
@@ -130,11 +165,13 @@ class RaySession:
         try:
             return self._ray.get(ref)
         except exceptions.RayTaskError as err:
+            if isinstance(err.cause, exceptions.TaskCancelledError):  # raised by a call of Ray inside the function
+                raise TaskLostError(f"{type(err.cause).__name__}: {first_line(err.cause)}") from err
             raise err.cause from err
         except exceptions.OutOfMemoryError as err:
-            raise TaskLostError(f"Ray killed it for memory: {_first_line(err)}") from err
+            raise TaskLostError(f"Ray killed it for memory: {first_line(err)}") from err
         except exceptions.RayError as err:
-            raise TaskLostError(f"{type(err).__name__}: {_first_line(err)}") from err
+            raise TaskLostError(f"{type(err).__name__}: {first_line(err)}") from err
 
     def cancel(self, refs: Sequence[Ref]) -> None:
         """Interrupt the tasks that are under way and forget those that wait. What they have published stays.
@@ -168,5 +205,6 @@ def assigned_gpus() -> list[str]:
     return [str(gpu) for gpu in ray.get_gpu_ids()]
 
 
-def _first_line(err: BaseException) -> str:
+def first_line(err: BaseException) -> str:
+    """Return the first line of an error's message that says anything."""
     return next((line.strip() for line in str(err).splitlines() if line.strip()), "no message")

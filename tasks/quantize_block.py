@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefixquant.tasks.calibrate import Ranges
 from prefixquant.tasks.errors import NumericalError
+from prefixquant.tasks.gptq import GptqConfig, gptq_block
 from prefixquant.tasks.model.block import Block, Prefix
 from prefixquant.tasks.model.modules import Site
 from prefixquant.tasks.model.quantizer import QuantizedWeight, round_to_nearest
@@ -46,6 +47,9 @@ class BlockResult:
 
     search: dict[str, Any] = field(default_factory=dict)
     """By site: the ratio found and the grid it came from."""
+
+    error_nearest: float | None = None
+    """The error with every weight rounded to nearest, before GPTQ; None without GPTQ."""
 
 
 class _Quantization:
@@ -109,6 +113,11 @@ class _Quantization:
             set_site(site, self.ranges[name], ratio)
             self.log[name] = {"ratio": ratio, "grid": grid}
 
+    def round_by_gptq(self, config: GptqConfig) -> None:
+        """Round the original weights again, on their grids and behind the sites as they are set."""
+        assert self.spec is not None
+        self.weights = gptq_block(self.block, self.run, self.originals, self.weights, self.spec, config)
+
 
 def quantize_block(
     block: Block,
@@ -119,6 +128,7 @@ def quantize_block(
     config: SearchConfig | None,
     *,
     batch_size: int,
+    gptq: GptqConfig | None = None,
 ) -> BlockResult:
     """Return the quantized block; the block is left with its quantized weights and grids in place.
 
@@ -131,9 +141,11 @@ def quantize_block(
         weight_spec: how weights are quantized; None leaves them.
         config: the search; None keeps the full ranges.
         batch_size: sequences a forward.
+        gptq: how weights are rounded once all grids are found; None rounds them to nearest.
 
     Raises:
-        NumericalError: the block's output, in full precision or quantized, is NaN or infinite.
+        NumericalError: the block's output, in full precision or quantized, is NaN or infinite, or GPTQ cannot use the
+            inputs of a linear.
     """
     with block.only():
         target = block_output(block, stream_NTD, prefix, batch_size)
@@ -153,6 +165,11 @@ def quantize_block(
         error_before = float(state.loss()) / norm
     state.search_weights()
     state.search_sites()
+    error_nearest = None
+    if gptq is not None and weight_spec is not None:
+        with block.only(*state.quantized_sites):
+            error_nearest = float(state.loss()) / norm
+        state.round_by_gptq(gptq)
     with block.only(*state.quantized_sites):
         error = float(state.loss()) / norm
     if not error < float("inf"):
@@ -161,4 +178,4 @@ def quantize_block(
         name: {key: value.detach().cpu() for key, value in block.sites[name].quantizer.state_dict().items()}  # type: ignore[union-attr]
         for name in state.quantized_sites
     }
-    return BlockResult(state.weights, sites, error, error_before, state.log)
+    return BlockResult(state.weights, sites, error, error_before, state.log, error_nearest)

@@ -3,7 +3,7 @@
 Letters: T tokens, I inputs and O outputs of a linear, R rows and G groups that share a scale, N sequences, D hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,13 +76,16 @@ def set_site(site: Site, site_range: tuple[Tensor, Tensor], ratio: float) -> Non
     quantizer.set_range(low * ratio, high * ratio)
 
 
-def input_grams(block: Block, run: Callable[[], object], spec: WeightSpec) -> dict[str, Tensor]:
+def input_grams(
+    block: Block, run: Callable[[], object], spec: WeightSpec, roles: Sequence[str] | None = None
+) -> dict[str, Tensor]:
     """Return X^T X of every linear's input while `run` passes the stream through the block.
 
     Shape [G, I/G, I/G], float32: only the diagonal blocks that weights sharing a scale need. The input is what the
-    product sees, transformed and quantized as the sites are set.
+    product sees, transformed and quantized as the sites are set. `roles` names the linears; None: all of them.
     """
-    size = {role: spec.group_size or block.linear(role).in_features for role in block.family.linears}
+    roles = block.family.linears if roles is None else roles
+    size = {role: spec.group_size or block.linear(role).in_features for role in roles}
     grams: dict[str, Tensor] = {}
 
     def accumulate(role: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -90,11 +93,14 @@ def input_grams(block: Block, run: Callable[[], object], spec: WeightSpec) -> di
             x = module.prepare(inputs[0]).flatten(0, -2).float()  # type: ignore[operator]
             x_GTI = x.unflatten(-1, (-1, size[role])).transpose(0, 1)
             gram = x_GTI.transpose(1, 2) @ x_GTI
-            grams[role] = grams[role] + gram if role in grams else gram
+            if role in grams:
+                grams[role] += gram
+            else:
+                grams[role] = gram
 
         return hook
 
-    handles = [block.linear(role).register_forward_pre_hook(accumulate(role)) for role in block.family.linears]
+    handles = [block.linear(role).register_forward_pre_hook(accumulate(role)) for role in roles]
     try:
         run()
     finally:

@@ -31,6 +31,9 @@ class TrainConfig:
     weight_learning_rate: float = 5e-6
     """Learning rate of the weights; 0 freezes them."""
 
+    relative_learning_rates: bool = False
+    """True: learning rates are in units of the tensor: a weight's mean quantization step, a scale's own mean."""
+
     min_learning_rate_ratio: float = 0.1
     """Last learning rate over the first; cosine in between."""
 
@@ -45,6 +48,10 @@ class TrainConfig:
 
     loss: Literal["mse", "clamp_mse", "skip_mse", "normalized_mse", "cosine"] = "mse"
     """Distance between the outputs of the quantized and the full-precision block."""
+
+    lookahead: int = 0
+    """Full-precision blocks between the trained block and the loss: it then counts what the error does to them. Past
+    the last block the loss is the divergence of the model's next-token distribution."""
 
     target: Literal["fp_input", "quant_input", "both"] = "fp_input"
     """Stream that the full-precision block sees when it makes the target."""
@@ -63,6 +70,11 @@ class TrainConfig:
         for name, value in counts.items():
             if value < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {value}")
+        for name in ("sequences", "validation_sequences"):
+            if getattr(self, name) % self.batch_size:
+                raise ConfigError(
+                    f"train.{name} must be a multiple of train.batch_size, got {getattr(self, name)} and {self.batch_size}"
+                )
         if self.validation_sequences < 0:
             raise ConfigError(f"train.validation_sequences must not be negative, got {self.validation_sequences}")
         if min(self.scale_learning_rate, self.weight_learning_rate, self.weight_decay) < 0:

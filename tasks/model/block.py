@@ -112,9 +112,11 @@ class Block(nn.Module):
             for name, site in self.sites.items():
                 site.enabled = before[name]
 
-    @torch.no_grad()
     def forward(self, hidden_BTD: Tensor, prefix: Prefix | None) -> Tensor:
-        """Return the block's output [B, T, D]; real tokens take the positions after the prefix."""
+        """Return the block's output [B, T, D]; real tokens take the positions after the prefix.
+
+        Differentiable in what has been made trainable; by default nothing requires a gradient.
+        """
         stacked = None if prefix is None else (prefix[0].unsqueeze(0), prefix[1].unsqueeze(0))
         cache = prefix_cache([self.attention], stacked, hidden_BTD.shape[0])
         return self.model(inputs_embeds=hidden_BTD, past_key_values=cache, use_cache=True).last_hidden_state

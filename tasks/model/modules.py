@@ -64,6 +64,8 @@ class SiteLinear(nn.Module):
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         self.site = site
         self.hadamard = hadamard
+        self.weight_quantizer: nn.Module | None = None
+        """Takes the weight to its grid in every forward while the block is trained; None: the weight is used as is."""
 
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
@@ -73,7 +75,8 @@ class SiteLinear(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the product with the weight, [B, T, O]."""
-        return F.linear(self.prepare(x_BTD), self.weight, self.bias)
+        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        return F.linear(self.prepare(x_BTD), weight, self.bias)
 
 
 class KeySiteBeforeRope(nn.Module):

@@ -40,13 +40,15 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric:
     return torch.clamp(torch.round(x / scale) + zero_point, low, high)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Return x rounded to its quantization grid, in x's dtype; computed in float32."""
-    if symmetric:  # the same without the zero point: this runs hundreds of times a block
-        low, high = code_range(bits, symmetric)
-        return (torch.clamp(torch.round(x.float() / scale), low, high) * scale).to(x.dtype)
-    codes = quantize(x.float(), scale, zero_point, bits, symmetric)
-    return ((codes - zero_point) * scale).to(x.dtype)
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return x rounded to its quantization grid, in `dtype` or else x's; computed in float32.
+
+    Gradients reach x, scale and an asymmetric grid's zero point, which is rounded (`kernels/fake_quantize`).
+    """
+    low, high = code_range(bits, symmetric)
+    return fake_quantize_range(x, scale, None if symmetric else zero_point, low, high, dtype)
 
 
 class SiteQuantizer(nn.Module):

@@ -40,9 +40,9 @@ def block_tensors(
         shift = 0 if spec.symmetric else 2 ** (spec.bits - 1)
         codes = (weight.codes.cpu() - shift).to(torch.int8)
         tensors[f"{prefix}{role}.weight_packed"] = pack_to_int32(codes, spec.bits)
-        tensors[f"{prefix}{role}.weight_scale"] = weight.scale.squeeze(-1)
+        tensors[f"{prefix}{role}.weight_scale"] = weight.scale.squeeze(-1).cpu()
         if not spec.symmetric:
-            tensors[f"{prefix}{role}.weight_zero_point"] = (weight.zero_point.squeeze(-1) - shift).to(torch.int8)
+            tensors[f"{prefix}{role}.weight_zero_point"] = (weight.zero_point.squeeze(-1) - shift).to(torch.int8).cpu()
     for site, parameters in sites.items():
         for name, tensor in parameters.items():
             tensors[f"{prefix}{SITES}.{site}.{name}"] = tensor
@@ -60,6 +60,20 @@ def unpack_weight(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, s
     assert int(codes.min()) >= low
     assert int(codes.max()) <= high
     return QuantizedWeight(codes, scale, zero_point)
+
+
+def saved_weights(
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    family: ModelFamily,
+    block: int,
+    spec: WeightSpec | None,
+) -> dict[str, QuantizedWeight]:
+    """Return a stored block's integer weights by linear; empty if its weights are not quantized."""
+    if spec is None:
+        return {}
+    prefix = family.block_prefix(block)
+    return {role: unpack_weight(tensors, prefix + role, shapes[f"{role}.weight"], spec) for role in family.linears}
 
 
 def block_weights(

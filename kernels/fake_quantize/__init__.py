@@ -1,0 +1,140 @@
+"""Quantize and dequantize in one go, differentiable by straight-through estimation."""
+
+import math
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixquant.kernels.errors import KernelInputError
+
+from .reference import backward_reference, forward_reference
+
+__all__ = ["fake_quantize"]
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    low: int,
+    high: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return (clamp(round(x / scale) + z, low, high) - z) * scale, z = round(zero_point) or 0; halves round to even.
+
+    The gradient takes rounding for the identity: x passes it on where the code is within range; scale gets the sum of
+    grad * (code - z - x / scale), outside the range grad * (code - z); zero_point the sum of -grad * scale outside the
+    range (LSQ, arXiv:1902.08153, equations 1 to 3, with a zero point as in LSQ+, arXiv:2004.09576).
+
+    Args:
+        x: floating point, any shape.
+        scale: positive, broadcasts against x and does not vary along its last axis.
+        zero_point: of the scale's shape, or None if the grid is symmetric.
+        low: smallest code.
+        high: largest code.
+        dtype: of the result; None: x's. Arithmetic is in float32 (float64 for a float64 x).
+
+    Raises:
+        KernelInputError: types, shapes, devices or code range do not fit.
+    """
+    _check(x, scale, zero_point, low, high)
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, low, high, dtype or x.dtype)
+    return result
+
+
+def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> None:
+    if not x.is_floating_point() or not scale.is_floating_point():
+        raise KernelInputError(f"fake_quantize needs floating-point x and scale, got {x.dtype} and {scale.dtype}")
+    if low >= high:
+        raise KernelInputError(f"fake_quantize needs low < high, got {low} and {high}")
+    if scale.ndim > x.ndim or (scale.ndim and scale.shape[-1] != 1):
+        raise KernelInputError(
+            f"fake_quantize needs a scale that broadcasts against x and is constant along its last axis, "
+            f"got {tuple(scale.shape)} for {tuple(x.shape)}"
+        )
+    if any(mine not in (1, whole) for mine, whole in zip(scale.shape[::-1], x.shape[::-1], strict=False)):
+        raise KernelInputError(f"scale {tuple(scale.shape)} does not broadcast against x {tuple(x.shape)}")
+    if zero_point is not None and zero_point.shape != scale.shape:
+        raise KernelInputError(
+            f"zero_point must have the scale's shape {tuple(scale.shape)}, got {tuple(zero_point.shape)}"
+        )
+    devices = {x.device, scale.device, *([] if zero_point is None else [zero_point.device])}
+    if len(devices) > 1:
+        raise KernelInputError(f"fake_quantize needs one device, got {', '.join(sorted(map(str, devices)))}")
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: Any) -> Any:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.low, ctx.high = low, high
+        if not _uses_triton(x):
+            return forward_reference(x, scale, zero_point, low, high, dtype)
+        from .kernel import forward_triton
+
+        rows, scales, zeros, inner = _rows(x, scale, zero_point)
+        return forward_triton(rows, scales, zeros, inner, low, high, dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        x, scale, zero_point = ctx.saved_tensors
+        needs_x, needs_scale, needs_zero = ctx.needs_input_grad[:3]
+        dx: Tensor | None
+        dscale: Tensor | None
+        dzero: Tensor | None
+        if not _uses_triton(x):
+            dx, dscale, dzero = backward_reference(grad, x, scale, zero_point, ctx.low, ctx.high)
+        else:
+            from .kernel import backward_triton
+
+            rows, scales, zeros, inner = _rows(x, scale, zero_point)
+            dx, dscale, dzero = backward_triton(
+                grad.contiguous().view(rows.shape), rows, scales, zeros, inner, ctx.low, ctx.high,
+                needs_x=needs_x, needs_grid=needs_scale or needs_zero,
+            )  # fmt: skip
+            dx = None if dx is None else dx.view(x.shape)
+            dscale, dzero = (_folded(each, scale, scales, x) for each in (dscale, dzero))
+        return (
+            dx if needs_x else None,
+            dscale if needs_scale else None,
+            dzero if needs_zero else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _rows(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Return x as rows [R, C], the scales and zero points [NUM] float32, and how many rows in turn share one."""
+    rows = x.contiguous().view(-1, x.shape[-1] if x.ndim else 1)
+    full = (1,) * (x.ndim - scale.ndim) + tuple(scale.shape)
+    varying = [axis for axis, size in enumerate(full) if size > 1]
+    inner = math.prod(x.shape[varying[-1] + 1 : -1]) if varying else max(1, len(rows))
+    grids = [scale] if zero_point is None else [scale, zero_point]
+    if varying and math.prod(x.shape[varying[0] : varying[-1] + 1]) != scale.numel():
+        shape = (*x.shape[:-1], 1)  # the scale skips an axis in between: one a row
+        grids, inner = [each.expand(shape) for each in grids], 1
+    flat = [each.detach().reshape(-1).float() for each in grids]
+    return rows, flat[0], flat[1] if zero_point is not None else None, inner
+
+
+def _folded(grad: Tensor | None, scale: Tensor, scales: Tensor, x: Tensor) -> Tensor | None:
+    """Return a gradient [NUM] in the shape and type of the scale."""
+    if grad is None:
+        return None
+    if scales.numel() != scale.numel():
+        grad = grad.view(*x.shape[:-1], 1).sum_to_size(scale.shape)
+    return grad.view(scale.shape).to(scale.dtype)
+
+
+def _uses_triton(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

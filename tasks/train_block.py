@@ -1,0 +1,387 @@
+"""Train one block to reproduce its full-precision self (PrefixQuant, arXiv:2410.05265, section 5).
+
+Scales, zero points, clipping ratios, norm gains and weights are trained by AdamW through straight-through estimators.
+Letters: N sequences of this rank, B of a batch, T tokens, D hidden.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prefixquant.tasks.errors import NumericalError
+from prefixquant.tasks.model.block import Block, Prefix
+from prefixquant.tasks.model.trainable import Trainable
+from prefixquant.tasks.parallel import ParameterGroup, Ranks, Stepper
+from prefixquant.tasks.streams import Stream, batches
+from prefixquant.tasks.train_config import TrainConfig
+
+EXPLOSION = 10.0
+"""An epoch whose mean training loss is so many times the loss before training has exploded."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockData:
+    """What a block is trained on: streams of equal length, the target's first, then a second target if there are two."""
+
+    inputs: Stream
+    targets: tuple[Stream, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """What one epoch measured."""
+
+    block: int
+    epoch: int
+    """From 1."""
+
+    train_loss: float
+    """Mean over its steps, each before its update."""
+
+    validation_loss: float | None
+    """After the epoch; None without validation sequences."""
+
+    gradient_norm: float
+    """Mean over its steps, before clipping."""
+
+    seconds: float
+    """Wall clock, validation included."""
+
+    peak_device_bytes: int
+    """Largest GPU memory held by tensors so far in this block; 0 on CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How the training of a block went; the block itself holds the parameters of the best epoch."""
+
+    loss_before: float
+    """Validation loss (training loss without validation sequences) of the block as it came from the search."""
+
+    loss_after: float
+    """The same of the parameters that are kept."""
+
+    best_epoch: int
+    """Their epoch; 0: training did not help and the block is as it came."""
+
+    epochs: tuple[Epoch, ...]
+    """All that were run in the attempt that counts."""
+
+    learning_rate_factor: float
+    """1, or 0.5 if the first attempt diverged."""
+
+    divergence: str
+    """Where the first attempt diverged; empty if it did not."""
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return asdict(self)
+
+
+class Checkpoints(Protocol):
+    """Keeps the state of an unfinished block where a restarted worker finds it."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the newest state, tensors and record, or None."""
+
+    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Replace the state."""
+
+    def due(self) -> bool:
+        """Return whether it is time for another one; the same on every rank."""
+
+
+class NoCheckpoints:
+    """Keeps nothing."""
+
+    def load(self) -> None:
+        """Return None."""
+
+    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def due(self) -> bool:
+        """Return False."""
+        return False
+
+
+class BlockLoss(nn.Module):
+    """A block, the full-precision blocks between its output and the loss, and the loss as one module."""
+
+    def __init__(
+        self,
+        block: Block,
+        prefix: Prefix | None,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        following: Sequence[Callable[[Tensor], Tensor]] = (),
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.prefix = prefix
+        self.loss = loss
+        self.following = tuple(following)  # a plain tuple: what is frozen is no parameter of this module
+
+    def forward(self, input_BTD: Tensor, *targets_BTD: Tensor) -> Tensor:
+        """Return the loss, averaged over the targets: a float32 scalar."""
+        output = self.block(input_BTD.float(), self.prefix)
+        for function in self.following:
+            output = function(output)
+        return torch.stack([self.loss(output, target) for target in targets_BTD]).mean()
+
+
+class _Diverged(Exception):  # noqa: N818 - caught within this module
+    """A loss was not finite, or exploded; the message says where."""
+
+
+@dataclass
+class _Progress:
+    """What the epochs so far have found; with the parameters it is what a checkpoint holds."""
+
+    loss_before: float = math.nan
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    epochs: list[Epoch] = field(default_factory=list)
+    factor: float = 1.0
+    divergence: str = ""
+
+
+def train_block(
+    block: Block,
+    trainables: Sequence[Trainable],
+    train: BlockData,
+    validation: BlockData | None,
+    prefix: Prefix | None,
+    config: TrainConfig,
+    ranks: Ranks,
+    *,
+    seed: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    following: Sequence[Callable[[Tensor], Tensor]] = (),
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    checkpoints: Checkpoints | None = None,
+) -> TrainResult:
+    """Train a block in place and return how it went; it is left with the parameters of the best epoch.
+
+    A loss that is not finite or explodes ends the attempt; a second one starts over at half the learning rates.
+
+    Args:
+        block: trainable, on its device.
+        trainables: its parameters, from `make_trainable`.
+        train: this rank's share of the training streams: of every batch of `config.batch_size` sequences in turn the
+            rank's consecutive part.
+        validation: likewise; None: the training loss decides.
+        prefix: keys and values of the prefix in this block.
+        config: how to train.
+        ranks: the processes that train together. Their number changes the result by floating-point order alone.
+        seed: of the order of the batches.
+        loss: distance between the output and a target.
+        following: what the output passes, unchanged by training, before it meets the target.
+        on_epoch: called after each epoch.
+        checkpoints: where the state goes after an epoch, and where an earlier worker left it.
+
+    Raises:
+        NumericalError: the second attempt diverged as well; names block, epoch and step.
+    """
+    start = {each.name: each.parameter.detach().cpu().clone() for each in trainables}
+    factor, divergence = 1.0, ""
+    while True:
+        module = BlockLoss(block, prefix, loss, following)
+        run = _Training(module, trainables, train, validation, config, ranks, seed, factor, on_epoch)
+        try:
+            return run.run(checkpoints or NoCheckpoints(), divergence)
+        except _Diverged as err:
+            if run.progress.factor < 1:
+                raise NumericalError(
+                    f"block {block.index}: {err}, after a first attempt at twice the learning rates diverged as well "
+                    f"({run.progress.divergence}); lower train.scale_learning_rate and train.weight_learning_rate"
+                ) from None
+            factor, divergence = 0.5, str(err)
+            with ranks.whole(run.module):
+                _write(trainables, start)
+
+
+class _Training:
+    """One attempt."""
+
+    def __init__(
+        self,
+        module: BlockLoss,
+        trainables: Sequence[Trainable],
+        train: BlockData,
+        validation: BlockData | None,
+        config: TrainConfig,
+        ranks: Ranks,
+        seed: int,
+        factor: float,
+        on_epoch: Callable[[Epoch], None],
+    ) -> None:
+        self.module, self.trainables, self.config, self.ranks, self.seed = module, trainables, config, ranks, seed
+        self.train, self.validation, self.on_epoch = train, validation, on_epoch
+        self.batch = config.batch_size // ranks.size
+        self.steps = len(train.inputs) // self.batch
+        self.trained = [each for each in trainables if self._rate(each) > 0]
+        for each in trainables:
+            each.parameter.requires_grad_(self._rate(each) > 0)
+        self.progress = _Progress(factor=factor)
+
+    def _rate(self, each: Trainable) -> float:
+        config = self.config
+        rate = config.weight_learning_rate if each.is_weight else config.scale_learning_rate
+        return rate * (each.step if config.relative_learning_rates else 1.0)
+
+    def run(self, checkpoints: Checkpoints, divergence: str) -> TrainResult:
+        """Train and return how it went. Raises _Diverged."""
+        progress = self.progress
+        stepper = self._stepper()
+        best: dict[str, Tensor] = {}
+        found = checkpoints.load()
+        if found is not None and found[1]["factor"] <= progress.factor:
+            best = self._restore(*found, stepper)
+        else:
+            progress.divergence = divergence
+            progress.loss_before = progress.best_loss = self._loss(self.validation or self.train)
+            self._check(progress.loss_before, "before training")
+            best = self._parameters()
+        while not self._finished():
+            epoch = self._epoch(len(progress.epochs) + 1, stepper)
+            progress.epochs.append(epoch)
+            decisive = epoch.train_loss if epoch.validation_loss is None else epoch.validation_loss
+            if decisive < progress.best_loss:
+                progress.best_loss, progress.best_epoch = decisive, epoch.epoch
+                best = self._parameters()
+            self.on_epoch(epoch)
+            if checkpoints.due() and not self._finished():
+                self._save(checkpoints, stepper, best)
+        with self.ranks.whole(self.module):
+            _write(self.trainables, best)
+        for each in self.trainables:
+            each.parameter.requires_grad_(False)
+        return TrainResult(
+            loss_before=progress.loss_before,
+            loss_after=progress.best_loss,
+            best_epoch=progress.best_epoch,
+            epochs=tuple(progress.epochs),
+            learning_rate_factor=progress.factor,
+            divergence=progress.divergence,
+        )
+
+    def _finished(self) -> bool:
+        done, patience = len(self.progress.epochs), self.config.early_stop_epochs
+        stale = done - self.progress.best_epoch
+        return done >= self.config.epochs or (patience is not None and stale >= patience)
+
+    def _stepper(self) -> Stepper:
+        decay = self.config.weight_decay
+        groups = [ParameterGroup([each.parameter], decay if each.is_weight else 0.0) for each in self.trained]
+        clip, precision = self.config.gradient_clip, self.config.precision
+        return self.ranks.stepper(self.module, groups, gradient_clip=clip, precision=precision)
+
+    def _epoch(self, epoch: int, stepper: Stepper) -> Epoch:
+        start = time.perf_counter()
+        device = self.train.inputs.device
+        losses = torch.empty(self.steps, device=device)
+        norms = torch.empty(self.steps, device=device)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.steps, generator=generator).tolist()
+        streams = [self.train.inputs, *self.train.targets]
+        for step, batch in enumerate(batches(streams, [index * self.batch for index in order], self.batch)):
+            stepper.set_learning_rates(self._rates((epoch - 1) * self.steps + step))
+            losses[step], norms[step] = stepper.step(*batch)
+        self._check_steps(losses.tolist(), epoch)
+        validation = None if self.validation is None else self._loss(self.validation)
+        if validation is not None:
+            self._check(validation, f"validation after epoch {epoch}")
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        return Epoch(
+            block=self.module.block.index,
+            epoch=epoch,
+            train_loss=float(losses.mean()),
+            validation_loss=validation,
+            gradient_norm=float(norms.mean()),
+            seconds=time.perf_counter() - start,
+            peak_device_bytes=peak,
+        )
+
+    def _rates(self, step: int) -> list[float]:
+        """Return the learning rate of each trained parameter at a step: a cosine from the first to the last."""
+        config = self.config
+        last = max(1, config.epochs * self.steps - 1)
+        low = config.min_learning_rate_ratio
+        cosine = low + (1 - low) * (1 + math.cos(math.pi * min(step, last) / last)) / 2
+        constant = config.constant_weight_learning_rate
+        return [
+            self.progress.factor * self._rate(each) * (1.0 if each.is_weight and constant else cosine)
+            for each in self.trained
+        ]
+
+    @torch.no_grad()
+    def _loss(self, data: BlockData) -> float:
+        """Return the mean loss over the data of all ranks, as the steps would see it."""
+        size = min(self.batch, len(data.inputs))
+        starts = range(0, len(data.inputs) - size + 1, size)
+        total = torch.zeros((), dtype=torch.float64, device=data.inputs.device)
+        with autocast(data.inputs.device, self.config.precision):
+            for batch in batches([data.inputs, *data.targets], starts, size):
+                total += self.module(*batch)
+        return float(self.ranks.mean(total / max(1, len(starts))))
+
+    def _check_steps(self, losses: list[float], epoch: int) -> None:
+        for step, loss in enumerate(losses, start=1):
+            self._check(loss, f"epoch {epoch}, step {step} of {self.steps}")
+        mean = sum(losses) / len(losses)
+        if mean > EXPLOSION * self.progress.loss_before:
+            worst = max(range(len(losses)), key=losses.__getitem__) + 1
+            raise _Diverged(
+                f"epoch {epoch}: the loss exploded from {self.progress.loss_before:.4g} to {mean:.4g} "
+                f"(largest at step {worst} of {self.steps})"
+            )
+        low = min((float(each.parameter.min()) for each in self.trained if each.name.endswith("scale")), default=1.0)
+        if low <= 0:
+            raise _Diverged(f"epoch {epoch}: a scale fell to {low:.4g}")
+
+    def _check(self, loss: float, where: str) -> None:
+        if not math.isfinite(loss):
+            raise _Diverged(f"{where}: the loss is {loss}")
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return copies of the parameters, on their device."""
+        with self.ranks.whole(self.module):
+            return {each.name: each.parameter.detach().clone() for each in self.trained}
+
+    def _save(self, checkpoints: Checkpoints, stepper: Stepper, best: Mapping[str, Tensor]) -> None:
+        tensors = {f"optimizer.{name}": tensor for name, tensor in stepper.state_dict().items()}
+        tensors |= {f"now.{name}": tensor for name, tensor in self._parameters().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
+        checkpoints.save(tensors, asdict(self.progress))
+
+    def _restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any], stepper: Stepper) -> dict[str, Tensor]:
+        """Go on from a checkpoint and return the best parameters so far."""
+        progress = _Progress(**(dict(record) | {"epochs": [Epoch(**each) for each in record["epochs"]]}))
+        self.progress = progress
+        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "now": {}, "best": {}}
+        for name, tensor in tensors.items():
+            part, _, inner = name.partition(".")
+            parts[part][inner] = tensor
+        with self.ranks.whole(self.module):
+            _write(self.trainables, parts["now"])
+        stepper.load_state_dict(parts["optimizer"])
+        device = self.train.inputs.device
+        return {name: tensor.to(device) for name, tensor in parts["best"].items()}
+
+
+@torch.no_grad()
+def _write(trainables: Sequence[Trainable], values: Mapping[str, Tensor]) -> None:
+    for each in trainables:
+        if each.name in values:
+            each.parameter.copy_(values[each.name])
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the autocast context of a precision: bf16, fp16, or fp32 for none."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
