@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from prefixquant.cluster.deepspeed_stepper import DeepSpeedStepper
 from prefixquant.cluster.errors import RanksError
@@ -20,7 +23,7 @@ from prefixquant.cluster.worker_group import Membership
 
 @contextmanager
 def join(member: Membership, device: torch.device, *, stage: int | None = None) -> Iterator["DeepSpeedRanks"]:
-    """Join the process group of a worker group and leave it at the end.
+    """Join the process group of a worker group and leave it at the end. It may be joined again after that.
 
     Args:
         member: this process's place in the group.
@@ -46,16 +49,19 @@ def join(member: Membership, device: torch.device, *, stage: int | None = None) 
     try:
         deepspeed = _deepspeed(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(0)
+        torch.distributed.init_process_group(backend, store=_meeting(member), rank=member.rank, world_size=member.size)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         ranks = DeepSpeedRanks(member, device, stage)
         try:
             yield ranks
         except BaseException:
             if backend == "gloo":  # tells the others at once; NCCL would wait for them here
-                _leave(deepspeed)
+                deepspeed.comm.destroy_process_group()
             raise
         ranks.close()
-        _leave(deepspeed)
+        deepspeed.comm.destroy_process_group()
     finally:
         for name, value in before.items():
             if value is None:
@@ -119,7 +125,7 @@ class DeepSpeedRanks:
             groups: of every parameter that requires a gradient; each has `parameters` and `weight_decay`.
             gradient_clip: largest norm of all gradients together, or None.
             precision: bf16, fp16 or fp32, the autocast type around the forward. fp16 scales the loss, and skips the
-                update where a gradient overflows.
+                update where a gradient overflows; which steps these are depends on the number of ranks.
         Raises:
             RanksError: what DeepSpeed would quietly do otherwise.
         """
@@ -148,6 +154,19 @@ class DeepSpeedRanks:
             stepper.close()
 
 
+def _meeting(member: Membership) -> Any:
+    """Return the store through which the ranks meet; each time that they join, they do so in a corner of its own."""
+    store, joins = _store(member)
+    return PrefixStore(f"join {next(joins)}", store)
+
+
+@cache
+def _store(member: Membership) -> tuple[Any, Iterator[int]]:
+    # Kept as long as the process: a rank that joins again before rank 0 has left would meet the store of before.
+    store = TCPStore(member.master_addr, member.master_port, member.size, member.rank == 0)
+    return store, count()
+
+
 def _deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed for a kind of device, quietly and with nothing to compile."""
     fresh = "deepspeed" not in sys.modules
@@ -164,7 +183,3 @@ def _deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use; gloo does its work
     return deepspeed
-
-
-def _leave(deepspeed: Any) -> None:
-    deepspeed.comm.destroy_process_group()

@@ -177,7 +177,8 @@ class _Marks:
     """Remembers what a module's objects look like, to take off them what DeepSpeed hangs on and leaves there."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._before = {each: set(vars(each)) for each in [*module.modules(), *module.parameters()]}
+        objects: list[Any] = [*module.modules(), *module.parameters()]
+        self._before = {each: set(vars(each)) for each in objects}
 
     def remove(self, module: nn.Module) -> None:
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK

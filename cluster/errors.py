@@ -1,4 +1,4 @@
-"""Errors of the artifact store and of worker groups. Each message says where, what was wanted, what came, what to do."""
+"""Errors of the artifact store and of worker groups. Each message says where, what was wanted, what came, what next."""
 
 
 class ArtifactError(Exception):

@@ -22,6 +22,10 @@ class Mailbox:
 
         Messages of one worker arrive in the order in which it sent them.
         """
+        import ray
+
+        if not ray.is_initialized():  # the session is over; Ray would start a cluster for the call
+            return
         try:
             self._last = self._box.put.remote(message)
         except Exception:
@@ -31,7 +35,7 @@ class Mailbox:
         """Wait until the last message has been delivered or was lost; False if that takes longer than `timeout_s`."""
         import ray
 
-        if self._last is None:
+        if self._last is None or not ray.is_initialized():
             return True
         try:
             return bool(ray.wait([self._last], timeout=timeout_s)[0])

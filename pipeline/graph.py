@@ -1,7 +1,7 @@
 """The DAG as a plain value: built, checked, printed; running it is the runner's business."""
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -19,6 +19,17 @@ class GraphError(PrefixQuantError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Gang:
+    """How a node spreads over several processes that work together."""
+
+    batch: int
+    """What they share equally: their number divides it."""
+
+    shares: int = 1
+    """Such nodes that run at the same time, among which the GPUs are divided."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
     """What one execution of a node occupies."""
 
@@ -27,6 +38,9 @@ class Resources:
 
     cpus: int = 1
     """CPU cores, which is also the number of torch threads."""
+
+    gang: Gang | None = None
+    """Given: it may run as several processes, and the others are of each. None: it is one process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +70,8 @@ class Task:
     version: int
     """Raise it when the same inputs should give other numbers."""
 
-    run: "Callable[[TaskContext], TaskOutput]"
-    """A function at module level, so that workers can import it."""
+    run: "Callable[[TaskContext], TaskOutput] | None"
+    """A function at module level, so that workers can import it. None: only the node that yields it can make it."""
 
     ephemeral: bool = False
     """Its artifact goes once every consumer is done, and comes back only when a consumer must run."""
@@ -138,6 +152,11 @@ class Graph:
         """Return the node whose run yields this one's artifact as a byproduct, or None."""
         return next(iter(self._yielders.get(name, ())), None)
 
+    def is_forced(self, name: str, stored: Collection[str]) -> bool:
+        """Return whether an artifact that only this node can make is not among the stored keys."""
+        products = self.nodes[name].byproducts.values()
+        return any(self.nodes[each].task.run is None and self.key(each) not in stored for each in products)
+
     def key(self, name: str) -> str:
         """Return the key of the node's artifact. Raises ConfigError if its config is not made of JSON types."""
         return self._keys[name]
@@ -193,6 +212,9 @@ class Graph:
             for wanted in (*_producers(node), *node.byproducts.values()):
                 if wanted not in self.nodes:
                     raise GraphError(f"node {node.name!r} refers to {wanted!r}, which the graph does not have")
+        for node in self._declared:
+            if node.task.run is None and node.name not in self._yielders:
+                raise GraphError(f"no node yields {node.name!r}, whose task {node.task.name!r} cannot run by itself")
         for product, yielders in self._yielders.items():
             if len(yielders) > 1:
                 raise GraphError(f"both {yielders[0]!r} and {yielders[1]!r} yield {product!r}; one must")

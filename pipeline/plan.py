@@ -72,7 +72,7 @@ def make_plan(
     entries = []
     for name in graph.order:
         node = graph.nodes[name]
-        reason = _reason(graph, name, states[name], users[name], store, previous or {})
+        reason = _reason(graph, name, states, users[name], stored, store, previous or {})
         entries.append(PlanEntry(node, graph.key(name), states[name], reason))
     return Plan(tuple(entries))
 
@@ -90,7 +90,8 @@ def decide(
     """Return the state of every node, in order; a function of its arguments alone.
 
     A node is needed if it is a target or an input of a node that runs. Needed and stored: cached. Needed and not
-    stored: it runs, unless another node that has to run yields it.
+    stored: it runs, unless another node that has to run yields it. One that cannot run by itself makes its yielder run,
+    even if that is stored.
 
     Args:
         graph: a graph that passes `check`.
@@ -112,23 +113,29 @@ def blocked(graph: Graph, stored: Collection[str], failed: Collection[str]) -> s
     """Return the nodes that are not stored and have failed or depend on such a node."""
     found: set[str] = set()
     for name in graph.order:
-        if graph.key(name) not in stored and (name in failed or not found.isdisjoint(graph.parents(name))):
+        if graph.key(name) in stored and not graph.is_forced(name, stored):
+            continue
+        makers = {*graph.parents(name), graph.yielder(name)} if graph.nodes[name].task.run is None else graph.parents(name)
+        if name in failed or not found.isdisjoint(makers):
             found.add(name)
     return found
 
 
 def _backward(graph: Graph, targets: Iterable[str], stored: Collection[str], yielding: set[str]) -> dict[str, State]:
     needed = set(targets)
+    forced: set[str] = set()
     states: dict[str, State] = {}
     for name in reversed(graph.order):
         yielder = graph.yielder(name)
         if name not in needed:
             states[name] = "unneeded"
-        elif graph.key(name) in stored:
+        elif graph.key(name) in stored and name not in forced:
             states[name] = "cached"
-        elif yielder in yielding:
+        elif yielder is not None and (yielder in yielding or graph.nodes[name].task.run is None):
             states[name] = "yielded"
             needed.add(yielder)
+            if graph.nodes[name].task.run is None:
+                forced.add(yielder)
         else:
             states[name] = "run"
             needed.update(graph.parents(name))
@@ -140,15 +147,25 @@ def _first_user(graph: Graph, name: str, states: Mapping[str, State]) -> str | N
 
 
 def _reason(
-    graph: Graph, name: str, state: State, user: str | None, store: ArtifactStore, previous: Mapping[str, str]
+    graph: Graph,
+    name: str,
+    states: Mapping[str, State],
+    user: str | None,
+    stored: Collection[str],
+    store: ArtifactStore,
+    previous: Mapping[str, str],
 ) -> str:
-    node, yielder = graph.nodes[name], graph.yielder(name)
+    node, yielder, state = graph.nodes[name], graph.yielder(name), states[name]
     if state == "cached":
         return "in the store"
     if state == "unneeded":
         return "all that would read it is done" if node.task.ephemeral else "nothing asked for needs it"
     if state == "yielded":
         return f"comes with {yielder}"
+    if graph.key(name) in stored:
+        missing = [each for each in node.byproducts.values() if states[each] == "yielded"]
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"{missing[0]}{others} is not in the store"
     if name in previous and previous[name] != graph.key(name):
         return _changes(graph, name, store, previous)
     if node.task.ephemeral and user and yielder:  # its yielder does not run, so it was here once

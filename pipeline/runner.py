@@ -4,18 +4,20 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
-from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactMissing, StoreUnwritable
+from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactMissing, ResourceError, StoreUnwritable
 from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError
 from prefixquant.cluster.store import ArtifactStore
-from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.access import Byproduct
+from prefixquant.pipeline.graph import Graph, Node
+from prefixquant.pipeline.keys import plain_config
 from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
-from prefixquant.pipeline.worker import NodeCall, NodeResult, run_node
+from prefixquant.pipeline.worker import NodeCall, NodeResult, run_member, run_node
 from prefixquant.tasks.errors import CheckpointError, ConfigError, DataError, NumericalError, UnsupportedModelError
 
 _MAX_REPAIRS = 2  # of one artifact
@@ -26,6 +28,7 @@ _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     (DataError, "Correct the texts that the recipe names and run again; what is finished is stored."),
     ((CheckpointError, UnsupportedModelError), "Correct the model's files and run again; what is finished is stored."),
     (NumericalError, "The numbers diverged: lower the learning rate, or look at what enters that block."),
+    (ResourceError, "Ask for fewer processes with --ranks, or use a larger cluster, and run again to go on from here."),
     (StoreUnwritable, "Make room or choose another store, then run again; what is finished is stored."),
     (
         (ArtifactCorrupted, ArtifactMissing),
@@ -42,8 +45,8 @@ Outcome = Literal["done", "cached", "failed", "skipped", "unneeded"]
 interrupted first. unneeded: nothing that ran had a use for it."""
 
 
-EventKind = Literal["submitted", "done", "cached", "failed", "skipped", "repaired", "discarded"]
-"""repaired: an input of the node was damaged and is built again first. discarded: the node's ephemeral artifact has
+EventKind = Literal["submitted", "progress", "done", "cached", "failed", "skipped", "repaired", "discarded"]
+"""progress: its task says how far it is. repaired: an input of the node was damaged and is built again first. discarded: the node's ephemeral artifact has
 served and is gone from the store. The others: see Outcome."""
 
 
@@ -62,7 +65,13 @@ class Event:
     """With `done`, unless another node's run yielded the artifact."""
 
     message: str = ""
-    """With `failed` and `repaired`: why."""
+    """With `failed` and `repaired`: why. With `progress`: where the task is, in a few words."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """With `progress`: numbers for tracking."""
+
+    step: int = 0
+    """With `progress`: of the metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +123,7 @@ def execute(
     store: ArtifactStore,
     session: RaySession,
     *,
+    ranks: int | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> RunResult:
     """Build what the targets lack and return what became of every node.
@@ -127,9 +137,11 @@ def execute(
         targets: names of the nodes wanted; GraphError if one is unknown.
         store: must be reachable by the same URL from every worker.
         session: where to run.
+        ranks: processes of a node that may run as several; None: as many as the GPUs allow.
         on_event: called from this thread; what it raises ends the run.
     """
-    run = _Run(graph, targets, store, session, on_event)
+    session.messages()  # those of an earlier run are of no use
+    run = _Run(graph, targets, store, session, ranks, on_event)
     interrupted = False
     with _sigterm_as_sigint():
         try:
@@ -150,9 +162,11 @@ class _Run:
         targets: Collection[str],
         store: ArtifactStore,
         session: RaySession,
+        ranks: int | None,
         on_event: Callable[[Event], None],
     ) -> None:
         self.graph, self.targets, self.store, self.session, self.on_event = graph, targets, store, session, on_event
+        self.ranks = ranks
         self.start = time.monotonic()
         self.stored = stored_keys(graph, store)
         self.states: dict[str, Outcome] = {}
@@ -170,7 +184,9 @@ class _Run:
             self.submit_ready()
             if not self.pending:
                 return
-            for ref in self.session.wait(list(self.pending), timeout=_POLL_S):
+            ended = self.session.wait(list(self.pending), timeout=_POLL_S)
+            self.read_messages()
+            for ref in ended:
                 self.collect(ref)
 
     def submit_ready(self) -> None:
@@ -186,8 +202,9 @@ class _Run:
             key = self.graph.key(name)
             if key in busy or any(self.graph.key(parent) not in self.stored for parent in self.graph.parents(name)):
                 continue
-            if self.store.has(key):  # another run was faster
-                self.stored.add(key)
+            if key not in self.stored and self.store.has(key):  # another run was faster
+                products = [self.graph.key(each) for each in self.graph.nodes[name].byproducts.values()]
+                self.stored.update([key, *(each for each in products if self.store.has(each))])
                 self.set_state(name, "cached")
                 found = True
                 continue
@@ -201,9 +218,12 @@ class _Run:
         cpus, gpus = self.session.fit(node.resources.cpus, node.resources.gpus)
         later = self.decide_rest()
         byproducts = {
-            label: self.graph.key(product)
+            label: Byproduct(
+                key=self.graph.key(product),
+                meta=_meta(self.graph.nodes[product]),
+                wanted=later[product] in ("yielded", "run"),
+            )
             for label, product in node.byproducts.items()
-            if later[product] in ("yielded", "run")  # somebody will read it, and it is not there
         }
         call = NodeCall(
             store_url=self.store.url,
@@ -212,11 +232,50 @@ class _Run:
             config=node.config,
             key=self.graph.key(name),
             input_keys=self.graph.input_keys(name),
-            byproduct_keys=byproducts,
+            byproducts=byproducts,
             cpus=cpus,
+            mailbox=self.session.mailbox() if node.resources.gang is not None else None,
         )
-        self.pending[self.session.submit(run_node, call, name=name, cpus=cpus, gpus=gpus)] = name
+        ranks = self.num_ranks(node)
+        if ranks > 1:
+            ref = self.session.submit_group(run_member, call, name=name, ranks=ranks, cpus=cpus, gpus=gpus)
+        else:
+            ref = self.session.submit(run_node, call, name=name, cpus=cpus, gpus=gpus)
+        self.pending[ref] = name
         self.emit("submitted", name)
+
+    def num_ranks(self, node: Node) -> int:
+        """Return how many processes the node runs as: what was asked for, or what its share of the GPUs has room for.
+
+        They share the batch equally. Raises ConfigError if those asked for cannot.
+        """
+        gang = node.resources.gang
+        if gang is None:
+            return 1
+        if self.ranks is not None:
+            if gang.batch % self.ranks:
+                raise ConfigError(f"--ranks {self.ranks} does not divide train.batch_size {gang.batch}")
+            return self.ranks
+        most = max(1, self.session.gpus // gang.shares)
+        return max(ranks for ranks in range(1, min(most, gang.batch) + 1) if gang.batch % ranks == 0)
+
+    def read_messages(self) -> None:
+        """Pass on what the running tasks say of themselves."""
+        running = {self.graph.key(name): name for name in self.pending.values()}
+        for message in self.session.messages():
+            name = running.get(message["key"])
+            if name is None:
+                continue
+            if "product" in message:
+                self.have(self.graph.nodes[name].byproducts[message["product"]])
+            else:
+                self.emit("progress", name, message=message["text"], metrics=message["metrics"], step=message["step"])
+
+    def have(self, product: str) -> None:
+        """Note that a byproduct is stored."""
+        if self.graph.key(product) not in self.stored:
+            self.stored.add(self.graph.key(product))
+            self.set_state(product, "done")
 
     def collect(self, ref: Ref) -> None:
         """Take in the end of one task."""
@@ -233,9 +292,7 @@ class _Run:
             self.stored.add(self.graph.key(name))
             self.set_state(name, "done", result)
             for label in result.byproducts:
-                product = self.graph.nodes[name].byproducts[label]
-                self.stored.add(self.graph.key(product))
-                self.set_state(product, "done")
+                self.have(self.graph.nodes[name].byproducts[label])
 
     def repair(self, name: str, err: ArtifactCorrupted | ArtifactMissing) -> bool:
         """Discard the damaged input, so that it is built again, and return True; False if that is no way out."""
@@ -307,10 +364,28 @@ class _Run:
         self.states[name] = state
         self.emit(state, name, result, message)
 
-    def emit(self, kind: EventKind, name: str, result: NodeResult | None = None, message: str = "") -> None:
+    def emit(
+        self,
+        kind: EventKind,
+        name: str,
+        result: NodeResult | None = None,
+        message: str = "",
+        metrics: Mapping[str, float] | None = None,
+        step: int = 0,
+    ) -> None:
         task = self.graph.nodes[name].task.name
         seconds = time.monotonic() - self.start
-        self.on_event(Event(kind, name, task, seconds, result, message))
+        self.on_event(Event(kind, name, task, seconds, result, message, metrics or {}, step))
+
+
+def _meta(node: Node) -> dict[str, Any]:
+    """Return what the manifest of a byproduct says of its node."""
+    return {
+        "task": node.task.name,
+        "version": node.task.version,
+        "config": plain_config(node.config),
+        "node": node.name,
+    }
 
 
 def _advice(err: Exception) -> str:

@@ -6,63 +6,33 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 
+from prefixquant.cluster.mailbox import Mailbox
 from prefixquant.cluster.ray_session import assigned_gpus
 from prefixquant.cluster.store import ArtifactStore
-from prefixquant.pipeline.artifacts import load_artifact, load_record, publish_artifact
+from prefixquant.cluster.worker_group import Membership
+from prefixquant.pipeline.access import Byproduct, InputKeys, LazyInputs, Products
+from prefixquant.pipeline.artifacts import publish_artifact
 from prefixquant.pipeline.graph import GraphError, Task
 from prefixquant.pipeline.keys import plain_config
 from prefixquant.tasks.artifact import Artifact
+from prefixquant.tasks.parallel import Ranks
+from prefixquant.tasks.steps import SingleRank
 
-InputKeys = Mapping[str, str | tuple[str, ...]]
-
-
-class LazyArtifacts(Sequence[Artifact]):
-    """Artifacts that are loaded, and verified, each time one is taken; none is kept."""
-
-    def __init__(self, store: ArtifactStore, keys: Sequence[str]) -> None:
-        self._store, self._keys = store, tuple(keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @overload
-    def __getitem__(self, index: int) -> Artifact: ...
-    @overload
-    def __getitem__(self, index: slice) -> "LazyArtifacts": ...
-    def __getitem__(self, index: int | slice) -> "Artifact | LazyArtifacts":
-        if isinstance(index, slice):
-            return LazyArtifacts(self._store, self._keys[index])
-        return load_artifact(self._store, self._keys[index])
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Give the artifacts' records alone, without reading their tensors."""
-        return (load_record(self._store, key) for key in self._keys)
+Post = Callable[[str, Mapping[str, float], int], None]
+"""Says where a task is: a line for people, numbers for tracking, and their step."""
 
 
-class LazyInputs(Mapping[str, Any]):
-    """Argument -> Artifact, or LazyArtifacts where the graph names several producers. Loaded when taken, not kept."""
-
-    def __init__(self, store: ArtifactStore, keys: InputKeys) -> None:
-        self._store, self._keys = store, keys
-
-    def __getitem__(self, name: str) -> Any:
-        key = self._keys[name]
-        return load_artifact(self._store, key) if isinstance(key, str) else LazyArtifacts(self._store, key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+def post_nothing(text: str, metrics: Mapping[str, float], step: int) -> None:
+    """Say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +50,15 @@ class TaskContext:
 
     byproducts: frozenset[str] = frozenset()
     """Labels of the byproducts the graph has a use for; others need not be computed."""
+
+    products: Products | None = None
+    """All byproducts: those that are stored already, and where to publish one before the task ends."""
+
+    ranks: Ranks = field(default_factory=SingleRank)
+    """The processes that run this node together. What rank 0 returns counts."""
+
+    post: Post = post_nothing
+    """Tells the run how far the task is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +95,7 @@ class NodeResult:
     """What the task reported."""
 
     byproducts: tuple[str, ...] = ()
-    """Labels of the byproducts published with it."""
+    """Labels of its byproducts that are in the store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,15 +110,28 @@ class NodeCall:
     """Of the node's artifact."""
 
     input_keys: InputKeys
-    byproduct_keys: Mapping[str, str]
-    """Label -> key, of the byproducts to publish."""
+    byproducts: Mapping[str, Byproduct]
+    """By label."""
 
     cpus: int
     """Torch threads."""
 
+    mailbox: Mailbox | None = None
+    """Where to say how far the task is."""
 
-def run_node(call: NodeCall) -> NodeResult:
+
+def run_member(member: Membership, call: NodeCall) -> NodeResult:
+    """Run the node on one of several processes that work on it together; rank 0 publishes."""
+    from prefixquant.cluster.deepspeed_ranks import join
+
+    with join(member, _device()) as ranks:
+        return run_node(call, ranks)
+
+
+def run_node(call: NodeCall, ranks: Ranks | None = None) -> NodeResult:
     """Run the task, publish its artifact and then its byproducts, and return what it cost.
+
+    `ranks`: the processes that run it together; None: it is this one.
 
     Raises what the task raises, ArtifactMissing or ArtifactCorrupted for an input, StoreUnwritable.
     """
@@ -148,7 +140,7 @@ def run_node(call: NodeCall) -> NodeResult:
     torch.set_num_threads(call.cpus)
     _reset_peaks(device)
     try:
-        return _run_and_publish(call, ArtifactStore(call.store_url), device)
+        return _run_and_publish(call, ArtifactStore(call.store_url), device, ranks or SingleRank())
     except Exception as err:
         traceback.clear_frames(err.__traceback__)  # their tensors would outlive the task with the error
         raise
@@ -156,11 +148,25 @@ def run_node(call: NodeCall) -> NodeResult:
         _release(device)
 
 
-def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device) -> NodeResult:
+def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device, ranks: Ranks) -> NodeResult:
     start = time.perf_counter()
-    inputs = LazyInputs(store, call.input_keys)
-    output = call.task.run(TaskContext(call.config, inputs, device, frozenset(call.byproduct_keys)))
-    missing = sorted(call.byproduct_keys.keys() - output.byproducts.keys())
+    assert call.task.run is not None, f"{call.node} can only be yielded"
+    wanted = frozenset(label for label, each in call.byproducts.items() if each.wanted)
+    send = _sender(call, ranks)
+    products = Products(
+        store, call.byproducts, publishes=ranks.rank == 0, on_published=lambda label: send({"product": label})
+    )
+    context = TaskContext(
+        config=call.config,
+        inputs=LazyInputs(store, call.input_keys),
+        device=device,
+        byproducts=wanted,
+        products=products,
+        ranks=ranks,
+        post=lambda text, metrics, step: send({"text": text, "metrics": dict(metrics), "step": step}),
+    )
+    output = call.task.run(context)
+    missing = sorted(wanted - output.byproducts.keys() - set(products.stored())) if ranks.rank == 0 else []
     if missing:
         raise GraphError(f"task {call.task.name!r} did not yield {missing}, which node {call.node!r} declares")
     result = NodeResult(
@@ -169,8 +175,9 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device)
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         stored_bytes=0,
         metrics={name: float(value) for name, value in output.metrics.items()},
-        byproducts=tuple(call.byproduct_keys),
     )
+    if ranks.rank != 0:
+        return result
     meta = {
         "task": call.task.name,
         "version": call.task.version,
@@ -185,10 +192,26 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device)
         "versions": _versions(),
     }
     manifest = publish_artifact(store, call.key, output.artifact, meta)
-    for label, key in call.byproduct_keys.items():
-        publish_artifact(store, key, output.byproducts[label], {"node": call.node, "byproduct": label})
-    stored_bytes = sum(entry.size for entry in manifest.files.values())
-    return replace(result, seconds=time.perf_counter() - start, stored_bytes=stored_bytes)
+    for label in sorted(wanted & output.byproducts.keys()):
+        products.publish(label, output.byproducts[label], {})
+    if call.mailbox is not None:
+        call.mailbox.flush()
+    return replace(
+        result,
+        seconds=time.perf_counter() - start,
+        stored_bytes=sum(entry.size for entry in manifest.files.values()),
+        byproducts=products.stored(),
+    )
+
+
+def _sender(call: NodeCall, ranks: Ranks) -> Callable[[dict[str, Any]], None]:
+    """Return what sends a message of this node to the run."""
+
+    def send(message: dict[str, Any]) -> None:
+        if call.mailbox is not None and ranks.rank == 0:
+            call.mailbox.put({"key": call.key, **message})
+
+    return send
 
 
 def _device() -> torch.device:

@@ -65,6 +65,7 @@ class SingleStepper:
         on_gpu = self._device.type == "cuda"
         self._graphed = cuda_graph and on_gpu and precision != "fp16"  # the loss scale is for the host to decide
         self._scaler = torch.amp.GradScaler(self._device.type) if precision == "fp16" else None
+        self._fused = on_gpu and precision != "fp16"  # whose scaler uses the same place
         self._rates = torch.zeros(len(groups), device=self._device)
         self._optimizer = torch.optim.AdamW(
             [
@@ -84,8 +85,6 @@ class SingleStepper:
             step = torch.zeros((), device=self._device if on_gpu else "cpu")
             moments = {name: torch.zeros_like(each, requires_grad=False) for name in _MOMENTS}
             self._optimizer.state[each] = {"step": step} | moments
-            # Kept for good, as a graph must have it; and a parameter without a part in the loss has a gradient of zero.
-            each.grad = torch.zeros_like(each, requires_grad=False)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: tuple[Tensor, ...] = ()
         self._result: tuple[Tensor, Tensor] = (self._rates, self._rates)
@@ -119,7 +118,7 @@ class SingleStepper:
 
     def _gradients(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Put the clipped gradient of a batch in place; return the loss and the norm before clipping."""
-        self._optimizer.zero_grad(set_to_none=False)
+        self._optimizer.zero_grad(set_to_none=True)  # the backward then writes the gradients instead of adding to zeros
         with torch.autocast(self._device.type, dtype=self._dtype or torch.bfloat16, enabled=self._dtype is not None):
             loss: Tensor = self._module(*batch)
         if self._scaler is None:
@@ -127,8 +126,14 @@ class SingleStepper:
         else:
             self._scaler.scale(loss).backward()
             self._scaler.unscale_(self._optimizer)
+        for each in self._parameters:
+            if each.grad is None:  # no part in the loss
+                each.grad = torch.zeros_like(each, requires_grad=False)
         norm = nn.utils.get_total_norm([each.grad for each in self._parameters if each.grad is not None])
-        if self._gradient_clip is not None:
+        if self._gradient_clip is not None and self._fused:
+            # The fused update divides by it as it reads the gradient, which saves a pass over all of them.
+            self._optimizer.grad_scale = (norm / self._gradient_clip).clamp_min(1.0)  # type: ignore[attr-defined]
+        elif self._gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self._gradient_clip, norm)
         return loss.detach().float(), norm
 

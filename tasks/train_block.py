@@ -20,8 +20,15 @@ from prefixquant.tasks.parallel import ParameterGroup, Ranks, Stepper
 from prefixquant.tasks.streams import Stream, batches
 from prefixquant.tasks.train_config import TrainConfig
 
+FORWARD_TOKENS = 16384
+"""Tokens of a forward of the validation loss, which needs no memory for gradients."""
+
 EXPLOSION = 10.0
 """An epoch whose mean training loss is so many times the loss before training has exploded."""
+
+
+POSITIVE = ("scale", "clip_ratio")
+"""How the names of parameters end that mean nothing at or below zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +252,11 @@ class _Training:
         else:
             progress.divergence = divergence
             progress.loss_before = progress.best_loss = self._loss(self.validation or self.train)
-            self._check(progress.loss_before, "before training")
+            if not math.isfinite(progress.loss_before):
+                raise NumericalError(
+                    f"block {self.module.block.index}: before training the loss is {progress.loss_before}; "
+                    "the block that training starts from, or what enters it, is broken"
+                )
             best = self._parameters()
         while not self._finished():
             epoch = self._epoch(len(progress.epochs) + 1, stepper)
@@ -319,16 +330,8 @@ class _Training:
             for each in self.trained
         ]
 
-    @torch.no_grad()
     def _loss(self, data: BlockData) -> float:
-        """Return the mean loss over the data of all ranks, as the steps would see it."""
-        size = min(self.batch, len(data.inputs))
-        starts = range(0, len(data.inputs) - size + 1, size)
-        total = torch.zeros((), dtype=torch.float64, device=data.inputs.device)
-        with autocast(data.inputs.device, self.config.precision):
-            for batch in batches([data.inputs, *data.targets], starts, size):
-                total += self.module(*batch)
-        return float(self.ranks.mean(total / max(1, len(starts))))
+        return mean_loss(self.module, data, self.config, self.ranks)
 
     def _check_steps(self, losses: list[float], epoch: int) -> None:
         for step, loss in enumerate(losses, start=1):
@@ -340,9 +343,11 @@ class _Training:
                 f"epoch {epoch}: the loss exploded from {self.progress.loss_before:.4g} to {mean:.4g} "
                 f"(largest at step {worst} of {self.steps})"
             )
-        low = min((float(each.parameter.min()) for each in self.trained if each.name.endswith("scale")), default=1.0)
-        if low <= 0:
-            raise _Diverged(f"epoch {epoch}: a scale fell to {low:.4g}")
+        with self.ranks.whole(self.module):
+            lowest = {each.name: float(each.parameter.min()) for each in self.trained if each.name.endswith(POSITIVE)}
+        for name, low in lowest.items():
+            if low <= 0:
+                raise _Diverged(f"epoch {epoch}: {name} fell to {low:.4g}")
 
     def _check(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
@@ -372,6 +377,21 @@ class _Training:
         stepper.load_state_dict(parts["optimizer"])
         device = self.train.inputs.device
         return {name: tensor.to(device) for name, tensor in parts["best"].items()}
+
+
+@torch.no_grad()
+def mean_loss(module: BlockLoss, data: BlockData, config: TrainConfig, ranks: Ranks) -> float:
+    """Return the mean loss over the data of all ranks, in the precision of training."""
+    device = data.inputs.device
+    count, length = data.inputs.data.shape[:2]
+    # Equal parts, as large as may be: on a small model the launches of a forward take longer than its arithmetic.
+    size = max(each for each in range(1, max(1, FORWARD_TOKENS // length) + 1) if count % each == 0)
+    starts = range(0, count, size)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with autocast(device, config.precision):
+        for batch in batches([data.inputs, *data.targets], starts, size):
+            total += module(*batch)
+    return float(ranks.mean(total / len(starts)))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from prefixquant.tasks.errors import ConfigError
+from prefixquant.tasks.gptq import GptqConfig
 from prefixquant.tasks.losses import LOSSES, LogitLoss
 from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites
 from prefixquant.tasks.model.families import ModelFamily
@@ -23,8 +24,9 @@ from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.model.trainable import make_trainable, trained_norms, trained_sites, trained_weights
 from prefixquant.tasks.parallel import Ranks
 from prefixquant.tasks.rotate import Ends
+from prefixquant.tasks.round_trained import round_trained
 from prefixquant.tasks.streams import Stream, advance, choose_place
-from prefixquant.tasks.train_block import BlockData, Checkpoints, Epoch, train_block
+from prefixquant.tasks.train_block import BlockData, BlockLoss, Checkpoints, Epoch, mean_loss, train_block
 from prefixquant.tasks.train_config import TrainConfig
 
 FORWARD_TOKENS = 8192
@@ -114,6 +116,7 @@ def train_chain(
     ranks: Ranks,
     *,
     seed: int,
+    gptq: GptqConfig | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> list[dict[str, Any]]:
     """Train the blocks first..stop-1 one after the other and return their records.
@@ -132,7 +135,13 @@ def train_chain(
         config: how to train.
         ranks: the processes that train together.
         seed: of the order of the batches.
+        gptq: whether training starts from the weights that GPTQ has rounded in the search, or its result is rounded by
+            GPTQ; None: it starts from the original weights and rounds to nearest.
         on_epoch: called after every epoch of a block.
+
+    Raises:
+        ConfigError: the ranks cannot share a batch equally.
+        NumericalError: a block's output is not finite, or its training diverges twice.
     """
     num_blocks = chain.config.num_hidden_layers
     windows = [rank_share(part, config.batch_size, ranks) for part in (train_NT, validation_NT) if part is not None]
@@ -156,19 +165,28 @@ def train_chain(
             continue
         done = store.finished(index)
         if done is None:
-            following = [originals[each] for each in range(index + 1, last + 1)]
+            following = [_following(originals[each], chain, config) for each in range(index + 1, last + 1)]
             loss = LOSSES[config.loss]
             if index + config.lookahead >= num_blocks:
                 loss = LogitLoss(ends, chain.config.rms_norm_eps, chain.device)
             if config.target != "fp_input":
-                streams.make_second_target([original, *following], index)
-            done, record = _train_one(chain, store, index, streams, config, ranks, seed, loss, following, on_epoch)
+                streams.make_second_target([original, *(originals[each] for each in range(index + 1, last + 1))], index)
+            done, record = _train_one(
+                chain, store, index, streams, config, ranks, seed, loss, following, on_epoch, gptq
+            )
             if ranks.rank == 0:
                 store.publish(index, done, record)
             records.append(record)
         if index + 1 < stop:
             streams.advance_quantized(partial(chain.quantized(index, done), prefix=prefix), index)
     return records
+
+
+def _following(original: Callable[[Tensor], Tensor], chain: Chain, config: TrainConfig) -> Callable[[Tensor], Tensor]:
+    """Return a full-precision block that takes the float32 output of the trained one; under autocast they all do."""
+    if config.precision != "fp32" or chain.dtype == torch.float32:
+        return original
+    return lambda hidden_BTD: original(hidden_BTD.to(chain.dtype))
 
 
 def _train_one(
@@ -182,22 +200,26 @@ def _train_one(
     loss: Callable[[Tensor, Tensor], Tensor],
     following: list[Callable[[Tensor], Tensor]],
     on_epoch: Callable[[Epoch], None],
+    gptq: GptqConfig | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if chain.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(chain.device)
     weights, searched = store.rotated(index), store.searched(index)
     shapes = block_shapes(chain.config, index)
     spec = chain.quantize.weights
+    prefix = block_prefix(chain.prefix, index, chain.device)
     block = chain.quantized(index, searched)
     start = saved_weights(searched, shapes, chain.family, index, spec)
     originals = {role: weights[f"{role}.weight"] for role in chain.family.linears}
+    if spec is not None and gptq is not None and gptq.training == "start":
+        originals = {role: weight.dequantize(spec) for role, weight in start.items()}
     trainables = make_trainable(block, originals, start, spec)
     result = train_block(
         block,
         trainables,
         streams.train,
         streams.validation,
-        block_prefix(chain.prefix, index, chain.device),
+        prefix,
         config,
         ranks,
         seed=seed + index,
@@ -206,11 +228,21 @@ def _train_one(
         on_epoch=on_epoch,
         checkpoints=store.checkpoints(index),
     )
-    plain = dict(weights) | trained_norms(block)
+    record = result.record()
+    plain = dict(weights) | {name: gain.to(chain.dtype) for name, gain in trained_norms(block).items()}
     if spec is None:
         plain |= {f"{role}.weight": block.linear(role).weight.detach().to(chain.dtype).cpu() for role in originals}
-    tensors = block_tensors(plain, trained_weights(block, spec), trained_sites(block), chain.family, index, spec)
-    return tensors, {**result.record(), "tensors": sorted(tensors)}
+    rounded, sites = trained_weights(block, spec), trained_sites(block)
+    tensors = block_tensors(plain, rounded, sites, chain.family, index, spec)
+    if spec is not None and gptq is not None and gptq.training == "end":
+        runtime = chain.quantized(index, tensors)
+        trained = {role: block.linear(role).weight.detach() for role in originals}
+        sizes = {"batch_size": config.batch_size, "forward_size": streams.batch}
+        rounded = round_trained(runtime, streams.train.inputs, prefix, trained, rounded, spec, gptq, ranks, **sizes)
+        tensors = block_tensors(plain, rounded, sites, chain.family, index, spec)
+        module = BlockLoss(runtime.float(), prefix, loss, following)
+        record["loss_gptq"] = mean_loss(module, streams.validation or streams.train, config, ranks)
+    return tensors, {**record, "tensors": sorted(tensors)}
 
 
 class _Streams:

@@ -1,6 +1,6 @@
 """Settings of block-wise training (PrefixQuant, arXiv:2410.05265, section 5)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from prefixquant.tasks.errors import ConfigError
@@ -62,11 +62,20 @@ class TrainConfig:
     early_stop_epochs: int | None = None
     """Stop after this many epochs without a better validation loss. None: never."""
 
-    offload_to_disk: bool = False
+    segments: int = 1
+    """Runs of consecutive blocks that are trained at once, each starting from the full-precision stream."""
+
+    polish: bool = False
+    """With segments: train once more in one run over all blocks, starting from what the segments found."""
+
+    offload_to_disk: bool = field(default=False, metadata={"in_key": False})
     """Keep the streams on local disk instead of in host memory."""
 
+    checkpoint_seconds: float = field(default=60.0, metadata={"in_key": False})
+    """Seconds after which the state of an unfinished block is stored at the end of an epoch."""
+
     def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("epochs", "sequences", "sequence_length", "batch_size")}
+        counts = {name: getattr(self, name) for name in ("epochs", "sequences", "sequence_length", "batch_size", "segments")}
         for name, value in counts.items():
             if value < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {value}")
@@ -79,5 +88,9 @@ class TrainConfig:
             raise ConfigError(f"train.validation_sequences must not be negative, got {self.validation_sequences}")
         if min(self.scale_learning_rate, self.weight_learning_rate, self.weight_decay) < 0:
             raise ConfigError("train: learning rates and weight decay must not be negative")
+        if self.checkpoint_seconds < 0:
+            raise ConfigError(f"train.checkpoint_seconds must not be negative, got {self.checkpoint_seconds}")
+        if self.polish and self.segments == 1:
+            raise ConfigError("train.polish goes with segments: set train.segments to 2 or more, or train.polish=false")
         if not 0 <= self.min_learning_rate_ratio <= 1:
             raise ConfigError(f"train.min_learning_rate_ratio must lie in [0, 1], got {self.min_learning_rate_ratio}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from prefixquant.kernels.errors import KernelInputError
 
@@ -25,9 +26,10 @@ def fake_quantize(
 ) -> Tensor:
     """Return (clamp(round(x / scale) + z, low, high) - z) * scale, z = round(zero_point) or 0; halves round to even.
 
-    The gradient takes rounding for the identity: x passes it on where the code is within range; scale gets the sum of
-    grad * (code - z - x / scale), outside the range grad * (code - z); zero_point the sum of -grad * scale outside the
-    range (LSQ, arXiv:1902.08153, equations 1 to 3, with a zero point as in LSQ+, arXiv:2004.09576).
+    A NaN stays one, an infinite x saturates. The gradient takes rounding for the identity: x passes it on where the
+    code is within range; scale gets the sum of grad * (code - z - x / scale), outside the range grad * (code - z);
+    zero_point the sum of -grad * scale outside the range (LSQ, arXiv:1902.08153, equations 1 to 3, with a zero point as
+    in LSQ+, arXiv:2004.09576). There is no second derivative.
 
     Args:
         x: floating point, any shape.
@@ -40,14 +42,16 @@ def fake_quantize(
     Raises:
         KernelInputError: types, shapes, devices or code range do not fit.
     """
-    _check(x, scale, zero_point, low, high)
+    _check(x, scale, zero_point, low, high, dtype)
     result: Tensor = _FakeQuantize.apply(x, scale, zero_point, low, high, dtype or x.dtype)
     return result
 
 
-def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> None:
+def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype | None) -> None:
     if not x.is_floating_point() or not scale.is_floating_point():
         raise KernelInputError(f"fake_quantize needs floating-point x and scale, got {x.dtype} and {scale.dtype}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise KernelInputError(f"fake_quantize returns floating-point values, got dtype {dtype}")
     if low >= high:
         raise KernelInputError(f"fake_quantize needs low < high, got {low} and {high}")
     if scale.ndim > x.ndim or (scale.ndim and scale.shape[-1] != 1):
@@ -75,10 +79,12 @@ class _FakeQuantize(torch.autograd.Function):
             return forward_reference(x, scale, zero_point, low, high, dtype)
         from .kernel import forward_triton
 
-        rows, scales, zeros, inner = _rows(x, scale, zero_point)
-        return forward_triton(rows, scales, zeros, inner, low, high, dtype).view(x.shape)
+        rows, scales, zeros = _rows(x, scale, zero_point)
+        with torch.cuda.device(x.device):  # Triton launches on the current device
+            return forward_triton(rows, scales, zeros, low, high, dtype).view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         x, scale, zero_point = ctx.saved_tensors
@@ -91,13 +97,14 @@ class _FakeQuantize(torch.autograd.Function):
         else:
             from .kernel import backward_triton
 
-            rows, scales, zeros, inner = _rows(x, scale, zero_point)
-            dx, dscale, dzero = backward_triton(
-                grad.contiguous().view(rows.shape), rows, scales, zeros, inner, ctx.low, ctx.high,
-                needs_x=needs_x, needs_grid=needs_scale or needs_zero,
-            )  # fmt: skip
+            rows, scales, zeros = _rows(x, scale, zero_point)
+            with torch.cuda.device(x.device):
+                dx, dscale, dzero = backward_triton(
+                    grad.contiguous().view(rows.shape), rows, scales, zeros, ctx.low, ctx.high,
+                    needs_x=needs_x, needs_grid=needs_scale or needs_zero,
+                )  # fmt: skip
             dx = None if dx is None else dx.view(x.shape)
-            dscale, dzero = (_folded(each, scale, scales, x) for each in (dscale, dzero))
+            dscale, dzero = (_folded(each, x, scale) for each in (dscale, dzero))
         return (
             dx if needs_x else None,
             dscale if needs_scale else None,
@@ -108,27 +115,26 @@ class _FakeQuantize(torch.autograd.Function):
         )
 
 
-def _rows(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """Return x as rows [R, C], the scales and zero points [NUM] float32, and how many rows in turn share one."""
-    rows = x.contiguous().view(-1, x.shape[-1] if x.ndim else 1)
+def _span(x: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]:
+    """Return the scale's shape filled up to x's between its first and last varying axis, and the axis after these."""
     full = (1,) * (x.ndim - scale.ndim) + tuple(scale.shape)
     varying = [axis for axis, size in enumerate(full) if size > 1]
-    inner = math.prod(x.shape[varying[-1] + 1 : -1]) if varying else max(1, len(rows))
+    first, end = (varying[0], varying[-1] + 1) if varying else (0, 0)
+    return full[:first] + tuple(x.shape[first:end]) + full[end:], end
+
+
+def _rows(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return x as rows [R, C], and contiguous float32 scales and zero points [NUM]; number r % NUM is row r's."""
+    shape, end = _span(x, scale)
     grids = [scale] if zero_point is None else [scale, zero_point]
-    if varying and math.prod(x.shape[varying[0] : varying[-1] + 1]) != scale.numel():
-        shape = (*x.shape[:-1], 1)  # the scale skips an axis in between: one a row
-        grids, inner = [each.expand(shape) for each in grids], 1
-    flat = [each.detach().reshape(-1).float() for each in grids]
-    return rows, flat[0], flat[1] if zero_point is not None else None, inner
+    flat = [each.detach().expand(shape).float().contiguous().view(-1) for each in grids]
+    rows = x.contiguous().view(-1, math.prod(x.shape[end:]))
+    return rows, flat[0], None if zero_point is None else flat[1]
 
 
-def _folded(grad: Tensor | None, scale: Tensor, scales: Tensor, x: Tensor) -> Tensor | None:
-    """Return a gradient [NUM] in the shape and type of the scale."""
-    if grad is None:
-        return None
-    if scales.numel() != scale.numel():
-        grad = grad.view(*x.shape[:-1], 1).sum_to_size(scale.shape)
-    return grad.view(scale.shape).to(scale.dtype)
+def _folded(grad: Tensor | None, x: Tensor, scale: Tensor) -> Tensor | None:
+    """Return the gradient [NUM] of what `_rows` returned in the shape and type of the scale."""
+    return None if grad is None else grad.view(_span(x, scale)[0]).sum_to_size(scale.shape).to(scale.dtype)
 
 
 def _uses_triton(x: Tensor) -> bool:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from prefixquant.kernels.hadamard import hadamard_transform
 from prefixquant.tasks.model.quantizer import SiteQuantizer
@@ -46,9 +47,7 @@ class SiteNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return x / rms(x) * weight, then through the site; the mean square is taken in float32."""
-        x = x_BTD.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        x = self.weight * x.to(x_BTD.dtype)
+        x = F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
         return x if self.site is None else self.site(x)
 
 
@@ -98,13 +97,36 @@ class KeySiteBeforeRope(nn.Module):
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Run transformers' sdpa attention after R3 on the queries [B, heads, T, head_dim], if the module asks for it.
+    """Run sdpa attention after R3 on the queries [B, heads, T, head_dim], if the module asks for it.
 
     The keys got the same rotation when they entered the cache, so the products are those of the unrotated model.
+    Without a mask, queries behind a prefix (or a longer cache) see every key up to their own: flash kernels know that
+    pattern, while a mask that spells it out keeps them from being used.
     """
     if getattr(module, "rotate_queries", False):
         query = hadamard_transform(query)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if attention_mask is not None or num_queries in (1, num_keys):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast the prefix came in float32
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    bias = causal_lower_right(num_queries, num_keys)
+    if query.device.type == "cpu":
+        bias = bias._materialize()  # what it does there itself, with a warning each time
+    output = F.scaled_dot_product_attention(query, key, value, bias, scale=kwargs.get("scaling"))
+    return output.transpose(1, 2).contiguous(), None
+
+
+def causal_or_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Return transformers' sdpa mask, or None where `attention` knows the pattern: causal, nothing padded."""
+    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+    if plain and kwargs.get("attention_mask") is None and kwargs.get("local_size") is None and not args:
+        offset = int(kwargs.get("q_offset", 0)) - int(kwargs.get("kv_offset", 0))
+        if kwargs["q_length"] + offset == kwargs["kv_length"]:
+            return None
+    return sdpa_mask(*args, **kwargs)
 
 
 def register_attention() -> None:
@@ -114,4 +136,4 @@ def register_attention() -> None:
     forward behind a prefix is wrong.
     """
     AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION, causal_or_mask)

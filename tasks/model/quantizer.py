@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prefixquant.kernels.fake_quantize import fake_quantize as fake_quantize_range
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, WeightSpec
 
