@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from prefixquant.pipeline.build_training import Training, training_windows
 from prefixquant.pipeline.estimates import Shape, estimate
-from prefixquant.pipeline.graph import Graph, Node, Resources
+from prefixquant.pipeline.graph import Graph, Node
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.report import REPORT, ReportNode
 from prefixquant.pipeline.stages import (
     BLOCK,
     CALIBRATE,
+    COMPUTE,
     EVALUATE,
     EXPORT,
     LOAD,
@@ -32,16 +34,16 @@ from prefixquant.tasks.errors import ConfigError, UnsupportedModelError
 from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.find_prefix import FindPrefixConfig
 from prefixquant.tasks.load import LoadedModel
-from prefixquant.tasks.model.sites import OnlineTransforms, head_size
+from prefixquant.tasks.model.sites import head_size
 from prefixquant.tasks.model.spec import KeyValueSpec, QuantizeConfig
 from prefixquant.tasks.rotate import RotateConfig, check_rotations
 from prefixquant.tasks.texts import TextConfig, WindowsConfig, source_fingerprint
 
-COMPUTE = Resources(gpus=1, cpus=1)
-"""Of the tasks that pass data through blocks."""
-
 WITHOUT_PREFIX = "/without_prefix"
 """Ends the names of the nodes that quantize once more without the prefix."""
+
+UNTRAINED = "/untrained"
+"""Ends the names of the nodes that measure the quantized model before training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +84,10 @@ def targets(graph: Graph) -> tuple[str, ...]:
 
 def check_fit(recipe: Recipe, model: LoadedModel) -> None:
     """Raise ConfigError or UnsupportedModelError where the recipe asks for what the model's sizes do not allow."""
-    if recipe.train is not None:
-        raise ConfigError("train: block training is not part of this version; set train=off")
+    if recipe.train is not None and recipe.train.segments > model.num_blocks:
+        raise ConfigError(
+            f"train.segments {recipe.train.segments} is more than the model's {model.num_blocks} blocks; lower it"
+        )
     config, quantize = model.config, recipe.quantize
     check_rotations(config, recipe.rotate)
     inputs = (config.hidden_size, config.num_attention_heads * head_size(config), config.intermediate_size)
@@ -107,8 +111,8 @@ def check_fit(recipe: Recipe, model: LoadedModel) -> None:
             raise ConfigError(f"prefix.tokens: token {token} is outside the vocabulary of {config.vocab_size}")
 
 
-def _transforms(recipe: Recipe) -> OnlineTransforms:
-    return OnlineTransforms(r3=recipe.rotate.r3, r4=recipe.rotate.r4)
+def _rounds_after_training(recipe: Recipe) -> bool:
+    return recipe.train is not None and recipe.gptq is not None and recipe.gptq.training == "end"
 
 
 class _Builder:
@@ -117,9 +121,10 @@ class _Builder:
         self.path = str(source.path)
         self.source = source
         self.dtype = model.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
-        self.transforms = _transforms(recipe)
+        self.transforms = recipe.transforms
         self.shape = Shape.of(model, self.dtype, recipe, gpu=gpu)
         self.labels = text_labels(recipe.evaluate.texts)
+        self.training = None if recipe.train is None else Training.of(recipe, recipe.train, model, self.dtype)
         self.rotated = tuple(f"rotate[{block}]" for block in range(model.num_blocks))
 
     def nodes(self) -> list[Node]:
@@ -128,11 +133,15 @@ class _Builder:
         load = load_node(self.source)
         found = [replace(load, estimate=estimate(load, self.shape)), *self._tokens(), *self._rotate()]
         found += self._quantized(recipe.prefix, "")
+        if self.training is not None:
+            found += [replace(node, estimate=estimate(node, self.shape)) for node in self.training.nodes()]
         found.append(self._export())
         evaluated = []
         if recipe.evaluate.full_precision:
             evaluated += self._evaluate("full_precision", "")
         evaluated += self._evaluate("quantized", "")
+        if self.training is not None and recipe.evaluate.untrained:
+            evaluated += self._evaluate("quantized", UNTRAINED)
         if recipe.evaluate.without_prefix:
             found += self._quantized(FindPrefixConfig(tokens=()), WITHOUT_PREFIX)
             evaluated += self._evaluate("quantized", WITHOUT_PREFIX)
@@ -146,11 +155,13 @@ class _Builder:
         recipe = self.recipe
         calibration = recipe.calibration_text
         wanted: list[tuple[str, TextConfig, WindowsConfig | PerplexityConfig, str]] = [
-            ("tokens[statistics]", calibration, recipe.statistics_windows, "data.statistics"),
-            ("tokens[search]", calibration, recipe.search_windows, "data.search"),
+            ("tokens[statistics]", calibration, recipe.statistics_windows, "data.statistics.length"),
+            ("tokens[search]", calibration, recipe.search_windows, "data.search.length"),
         ]
+        if recipe.train is not None:
+            wanted += training_windows(recipe, recipe.train)
         texts = zip(self.labels, recipe.evaluation_texts, strict=True)
-        wanted += [(f"tokens[{label}]", text, recipe.perplexity, "evaluate") for label, text in texts]
+        wanted += [(f"tokens[{label}]", text, recipe.perplexity, "evaluate.window") for label, text in texts]
         fingerprints = {text: source_fingerprint(text) for _, text, _, _ in wanted}
         return [
             self._node(
@@ -231,7 +242,11 @@ class _Builder:
                     name=f"block[{block}]{suffix}",
                     task=BLOCK,
                     config=BlockNode(
-                        block=block, transforms=transforms, quantize=recipe.quantize, search=recipe.search
+                        block=block,
+                        transforms=transforms,
+                        quantize=recipe.quantize,
+                        search=recipe.search,
+                        gptq=None if _rounds_after_training(recipe) else recipe.gptq,
                     ),
                     inputs={
                         "load": "load",
@@ -246,7 +261,11 @@ class _Builder:
         return found
 
     def _blocks(self, suffix: str) -> tuple[str, ...]:
-        return tuple(f"block[{block}]{suffix}" for block in range(self.model.num_blocks))
+        """Return the blocks that are measured under this suffix; without one they are the final ones."""
+        if self.training is not None and not suffix:
+            return self.training.blocks
+        searched = "" if suffix == UNTRAINED else suffix
+        return tuple(f"block[{block}]{searched}" for block in range(self.model.num_blocks))
 
     def _export(self) -> Node:
         return self._node(
@@ -264,7 +283,13 @@ class _Builder:
     def _evaluate(self, variant: str, suffix: str) -> list[Node]:
         quantized = variant == "quantized"
         of_variant: Mapping[str, str | tuple[str, ...]] = (
-            {"ends": "rotate[ends]", "prefix": f"prefix{suffix}", "blocks": self._blocks(suffix)} if quantized else {}
+            {
+                "ends": "rotate[ends]",
+                "prefix": "prefix" if suffix == UNTRAINED else f"prefix{suffix}",
+                "blocks": self._blocks(suffix),
+            }
+            if quantized
+            else {}
         )
         return [
             self._node(
@@ -285,11 +310,17 @@ class _Builder:
 
     def _report(self, evaluated: list[Node]) -> Node:
         inputs: dict[str, str | tuple[str, ...]] = {"prefix": "prefix", "blocks": self._blocks("")}
+        if self.training is not None:
+            inputs["searched"] = self._blocks(UNTRAINED)
         inputs |= {node.name: node.name for node in evaluated}
         return self._node(
             name="report",
             task=REPORT,
-            config=ReportNode(name=self.recipe.name, texts=self.labels),
+            config=ReportNode(
+                name=self.recipe.name,
+                texts=self.labels,
+                segments=self.recipe.train.segments if self.recipe.train is not None else 1,
+            ),
             inputs=inputs,
         )
 

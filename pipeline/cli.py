@@ -47,6 +47,9 @@ def run(
     address: Annotated[str | None, typer.Option(help="Ray cluster to use. Default: a local one.")] = None,
     cpus: Annotated[int | None, typer.Option(help="Cores of the local cluster. Default: all.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs of the local cluster. Default: all.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes that train a block together. Default: as many as the GPUs allow.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -55,7 +58,14 @@ def run(
     from prefixquant.pipeline.run import RunOptions, run_recipe
 
     options = RunOptions(
-        store=store, out=out, tracking=tracking, address=address, cpus=cpus, gpus=gpus, quiet=quiet or as_json
+        store=store,
+        out=out,
+        tracking=tracking,
+        address=address,
+        cpus=cpus,
+        gpus=gpus,
+        ranks=ranks,
+        quiet=quiet or as_json,
     )
     summary = run_recipe(load_recipe(recipe, overrides or ()), options)
     for failure in summary.tracking_failures:

@@ -110,6 +110,15 @@ def estimate(node: Node, shape: Shape) -> Estimate:
             flops = forward * shape.search_tokens * (shape.search_forwards + 2 * shape.weight_forwards + 4)
             stored = shape.quantized_block_bytes
             work_bytes = 4 * shape.block_bytes + 4 * shape.stream_bytes(shape.search_tokens)
+        case "train" | "polish":
+            train = node.config.train
+            sequences = train.sequences + train.validation_sequences
+            tokens, blocks = sequences * train.sequence_length, node.config.stop - node.config.first
+            flops = forward * blocks * train.epochs * tokens * (3 + 2 * train.lookahead)
+            streams = 2 if train.target == "fp_input" else 3
+            # float32: the weight, its gradient, the best epoch's copy, the moments; float32 and autocast activations.
+            work_bytes = 5 * 4 * shape.block_parameters + streams * shape.stream_bytes(tokens)
+            stored = shape.quantized_block_bytes * blocks
         case "evaluate":
             flops = (forward * shape.blocks + shape.end_parameters) * shape.evaluation_tokens
             work_bytes = shape.end_parameters * shape.bytes_per_weight + 3 * shape.stream_bytes(shape.evaluation_tokens)

@@ -33,7 +33,8 @@ def materialize(graph: Graph, store: ArtifactStore, folder: Path, num_blocks: in
     """
     check_output(folder)
     folder = folder.absolute()
-    shards = {block_file(block): graph.key(f"block[{block}]") for block in range(num_blocks)}
+    blocks = graph.nodes["export"].inputs["blocks"]
+    shards = {block_file(block): graph.key(blocks[block]) for block in range(num_blocks)}
     shards[ENDS_FILE] = graph.key("rotate[ends]")
     prefix_key = graph.key("prefix")
     if TENSORS in store.manifest(prefix_key).files:

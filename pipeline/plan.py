@@ -115,7 +115,9 @@ def blocked(graph: Graph, stored: Collection[str], failed: Collection[str]) -> s
     for name in graph.order:
         if graph.key(name) in stored and not graph.is_forced(name, stored):
             continue
-        makers = {*graph.parents(name), graph.yielder(name)} if graph.nodes[name].task.run is None else graph.parents(name)
+        makers = (
+            {*graph.parents(name), graph.yielder(name)} if graph.nodes[name].task.run is None else graph.parents(name)
+        )
         if name in failed or not found.isdisjoint(makers):
             found.add(name)
     return found

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Protocol, Self, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
@@ -57,7 +58,10 @@ class QuietProgress:
 
 
 class PlainProgress(QuietProgress):
-    """A line when a node ends, at most one a second; each says how many of its stage are done and what is left."""
+    """A line when a node ends or says how far it is, at most one a second.
+
+    At the end of a node it says how many of its stage are done and what is left.
+    """
 
     def __init__(self, plan: Plan, stream: TextIO) -> None:
         super().__init__(stream)
@@ -70,6 +74,9 @@ class PlainProgress(QuietProgress):
     def __call__(self, event: Event) -> None:
         """Count the event; write a line if it is time for one."""
         super().__call__(event)
+        if event.kind == "progress" and time.monotonic() - self.written >= _LINE_INTERVAL_S:
+            print(f"[{_clock(event.seconds)}] {event.node} {event.message}", file=self.stream, flush=True)
+            self.written = time.monotonic()
         if event.kind != "done" or event.result is None:
             return
         self.done[event.task] += 1
@@ -129,8 +136,10 @@ class RichProgress:
             stage = self.stages[event.task]
             self.bars.start_task(stage)
             self.bars.update(stage, total=max(self.totals[event.task], self.submitted[event.task]))
+        elif event.kind == "progress":
+            self.bars.update(self.stages[event.task], description=f"{escape(event.node)} {event.message}")
         elif event.kind == "done" and event.result is not None:
-            self.bars.advance(self.stages[event.task])
+            self.bars.update(self.stages[event.task], advance=1, description=event.task)
 
     def __enter__(self) -> Self:
         """Show the bars."""

@@ -16,6 +16,8 @@ from prefixquant.tasks.calibrate import CalibrateConfig
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.find_prefix import FindPrefixConfig
+from prefixquant.tasks.gptq import GptqConfig
+from prefixquant.tasks.model.sites import OnlineTransforms
 from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.search import SearchConfig
@@ -149,6 +151,9 @@ class EvaluateConfig:
     without_prefix: bool = False
     """Quantize once more without the prefix, in the same run, and measure that as well."""
 
+    untrained: bool = True
+    """With training: measure the quantized model before training as well."""
+
     def __post_init__(self) -> None:
         PerplexityConfig(window=self.window, max_windows=self.max_windows)
         for text in self.texts:
@@ -189,6 +194,9 @@ class Recipe:
     search: SearchConfig | None = field(default_factory=SearchConfig)
     """Grid search of the scales. Off: every scale stays at the extremes of its statistics."""
 
+    gptq: GptqConfig | None = None
+    """Round weights by GPTQ instead of to nearest."""
+
     train: TrainConfig | None = None
     """Block-wise training after the search."""
 
@@ -201,6 +209,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if problems := _problems(self):
             raise ConfigError("\n".join(problems))
+
+    @property
+    def transforms(self) -> OnlineTransforms:
+        """The transforms that the quantized model runs with."""
+        return OnlineTransforms(r3=self.rotate.r3, r4=self.rotate.r4)
 
     @property
     def calibration_text(self) -> TextConfig:
@@ -221,6 +234,11 @@ class Recipe:
     def search_windows(self) -> WindowsConfig:
         """The windows of the scale search."""
         return WindowsConfig(count=self.data.search.sequences, length=self.data.search.length, seed=self.seed)
+
+    @property
+    def validation_text(self) -> TextConfig:
+        """The text of the training's validation sequences: a part of the calibration set that nothing else reads."""
+        return TextConfig(source=self.data.calibration, split="validation", revision=self.data.revision)
 
     @property
     def calibrate(self) -> CalibrateConfig:
@@ -312,7 +330,13 @@ def _problems(recipe: Recipe) -> list[str]:
             "quantize.keys.before_rope contradicts rotate.r3, which rotates keys after the rotary embedding; "
             "set rotate.r3=off or quantize.keys.before_rope=false"
         )
+    if recipe.gptq is not None and quantize.weights is None:
+        problems.append("gptq rounds weights and quantize.weights is off; set gptq=off or quantize the weights")
     if train is not None:
+        if train.polish and quantize.weights is None:
+            problems.append(
+                "train.polish starts from rounded weights and quantize.weights is off; set train.polish=false"
+            )
         if not any((quantize.weights, quantize.activations, quantize.keys, quantize.values)):
             problems.append(
                 "train has nothing to do: every group of quantize is off; set train=off or quantize something"

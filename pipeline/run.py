@@ -14,7 +14,7 @@ import torch
 
 from prefixquant.cluster.ray_session import RaySession, connect
 from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore, StoreUnwritable
-from prefixquant.pipeline.artifacts import load_artifact
+from prefixquant.pipeline.artifacts import load_artifact, load_record
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
 from prefixquant.pipeline.graph import Graph
 from prefixquant.pipeline.materialize import check_output, materialize
@@ -24,6 +24,7 @@ from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.runner import Event, RunResult, execute
 from prefixquant.pipeline.source import resolve_source, source_fingerprint
 from prefixquant.pipeline.tracking import Tracker, flatten
+from prefixquant.pipeline.training import epoch_metrics, epoch_step
 from prefixquant.pipeline.worker import NodeResult
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
 from prefixquant.tasks.load import LoadedModel, load_model
@@ -55,6 +56,8 @@ class RunOptions:
     """Of a Ray cluster; None starts a local one."""
     cpus: int | None = None
     gpus: int | None = None
+    ranks: int | None = None
+    """Processes that train a block together. None: as many as the GPUs allow."""
     quiet: bool = False
 
 
@@ -138,8 +141,8 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
         PrefixQuantError, ArtifactError: recipe, model, text, store or output folder are wrong.
     """
     start = time.monotonic()
-    if recipe.train is not None:
-        raise ConfigError("train: block training is not part of this version; set train=off")
+    if options.ranks is not None:
+        _check_ranks(options.ranks, recipe)
     if options.out is not None:
         check_output(options.out)
     store = open_store(options.store)
@@ -155,6 +158,16 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
                 if err.key is None or repairs > _MAX_REPAIRS:
                     raise
                 store.discard(err.key)
+
+
+def _check_ranks(ranks: int, recipe: Recipe) -> None:
+    """Raise ConfigError if training cannot be shared by so many processes."""
+    if recipe.train is None:
+        raise ConfigError(f"--ranks {ranks} is for training, and the recipe has none; leave it out")
+    if ranks < 1 or recipe.train.batch_size % ranks:
+        raise ConfigError(
+            f"--ranks {ranks} cannot share train.batch_size {recipe.train.batch_size} equally; give a divisor of it"
+        )
 
 
 def _run_once(
@@ -242,6 +255,18 @@ def _previous(store: ArtifactStore, name: str) -> dict[str, str]:
     return max(found, key=lambda pair: pair[0])[1] if found else {}
 
 
+_BLOCK_METRICS = {
+    "block": ("block", "error"),
+    "trained": ("block", "loss_after"),
+    "polished": ("polish_block", "loss_after"),
+}
+"""Task -> where the metrics of its blocks go, and one that it always has."""
+
+
+def _block_of(node: str) -> int:
+    return int(node.partition("[")[2].removesuffix("]"))
+
+
 class _Tracked:
     """A run's record in the store and in MLflow."""
 
@@ -253,6 +278,7 @@ class _Tracked:
         known = self.store.read_ref(self.run_id) if self.run_id in self.store.run_ids() else {}
         self.finished_before = known.get("status") == "finished"
         self.mlflow_run_id: str | None = known.get("mlflow_run_id")
+        self._logged: dict[str, set[int]] = {}
 
     def execute(self, plan: Plan, session: Callable[[], RaySession]) -> RunResult | None:
         """Run what the plan says and return the result, or None if nothing is to be done.
@@ -272,7 +298,8 @@ class _Tracked:
                 progress(event)
                 self._track(event)
 
-            result = execute(self.graph, targets(self.graph), self.store, session(), on_event=on_event)
+            wanted, ranks = targets(self.graph), self.options.ranks
+            result = execute(self.graph, wanted, self.store, session(), ranks=ranks, on_event=on_event)
         _require(result)
         return result
 
@@ -305,13 +332,32 @@ class _Tracked:
         self._write_ref("running")
 
     def _track(self, event: Event) -> None:
-        """Log a block's error as it comes: one metric, stepped by block."""
-        if event.result is None or event.task != "block" or not event.node.endswith("]"):
-            return
-        block = int(event.node.removeprefix("block[").removesuffix("]"))
-        metrics = {f"block/{name}": value for name, value in event.result.metrics.items()}
-        metrics["block/seconds"] = event.result.seconds
-        self.tracker.log_metrics(metrics, step=block)
+        """Log what comes of a block, stepped by block, and of an epoch of its training."""
+        if event.kind == "progress":
+            self._log_once(event.metrics, event.task, event.step, sign="loss")
+        elif event.kind == "done" and event.task in _BLOCK_METRICS and event.node.endswith("]"):
+            metrics = dict(event.result.metrics if event.result is not None else self._stored_metrics(event.node))
+            if event.result is not None:
+                metrics["seconds"] = event.result.seconds
+            self._log_block(event.task, event.node, metrics)
+
+    def _log_block(self, task: str, node: str, metrics: Mapping[str, float]) -> None:
+        kept = {name: value for name, value in metrics.items() if task == "block" or name != "seconds"}
+        prefix, sign = _BLOCK_METRICS[task]
+        self._log_once(kept, prefix, _block_of(node), sign=sign)
+
+    def _log_once(self, metrics: Mapping[str, float], prefix: str, step: int, *, sign: str) -> None:
+        """Log metrics at a step that has none of them yet, as the one named `sign` tells."""
+        name = f"{prefix}/{sign}"
+        if name not in self._logged:
+            self._logged[name] = self.tracker.steps(name)
+        if step not in self._logged[name]:
+            self._logged[name].add(step)
+            self.tracker.log_metrics({f"{prefix}/{key}": value for key, value in metrics.items()}, step=step)
+
+    def _stored_metrics(self, node: str) -> dict[str, float]:
+        metrics: dict[str, float] = self.store.manifest(self.graph.key(node)).meta.get("metrics", {})
+        return metrics
 
     def finish(self, record: dict[str, Any], done: Mapping[str, NodeResult], seconds: float) -> None:
         """Log the end of the run and mark it finished."""
@@ -339,14 +385,21 @@ class _Tracked:
         self._write_ref("finished", ppl=record["perplexity"])
 
     def _log_missing_blocks(self) -> None:
-        """Log the errors of blocks that MLflow lacks: an earlier run stored them, or died before it could send them."""
-        logged = self.tracker.steps("block/error")
+        """Log what MLflow lacks of the blocks: an earlier run stored them, or died before it could send it."""
         for name, node in self.graph.nodes.items():
-            if node.task.name == "block" and name.endswith("]"):
-                block = int(name.removeprefix("block[").removesuffix("]"))
-                if block not in logged:
-                    metrics = self.store.manifest(self.graph.key(name)).meta.get("metrics", {})
-                    self.tracker.log_metrics({f"block/{key}": value for key, value in metrics.items()}, step=block)
+            task = node.task.name
+            if task not in _BLOCK_METRICS or not name.endswith("]"):
+                continue
+            self._log_block(task, name, self._stored_metrics(name))
+            if task != "block":
+                self._log_epochs(name)
+
+    def _log_epochs(self, name: str) -> None:
+        """Log the epochs of a trained block that MLflow lacks."""
+        run = self.graph.nodes[self.graph.parents(name)[0]]
+        for epoch in load_record(self.store, self.graph.key(name))["epochs"]:
+            step = epoch_step(epoch["block"], epoch["epoch"], run.config.train.epochs)
+            self._log_once(epoch_metrics(epoch), run.task.name, step, sign="loss")
 
     def _write_ref(self, status: str, **extra: Any) -> None:
         record = {

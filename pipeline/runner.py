@@ -46,8 +46,8 @@ interrupted first. unneeded: nothing that ran had a use for it."""
 
 
 EventKind = Literal["submitted", "progress", "done", "cached", "failed", "skipped", "repaired", "discarded"]
-"""progress: its task says how far it is. repaired: an input of the node was damaged and is built again first. discarded: the node's ephemeral artifact has
-served and is gone from the store. The others: see Outcome."""
+"""progress: its task says how far it is. repaired: an input of the node was damaged and is built again first.
+discarded: the node's ephemeral artifact has served and is gone from the store. The others: see Outcome."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prefixquant.pipeline.graph import Task
+from prefixquant.pipeline.graph import Resources, Task
 from prefixquant.pipeline.keys import outside_key
 from prefixquant.pipeline.worker import TaskContext, TaskOutput
 from prefixquant.tasks.artifact import Artifact
@@ -16,6 +16,7 @@ from prefixquant.tasks.calibrate import CalibrateConfig, Ranges, calibrate_block
 from prefixquant.tasks.evaluate import PerplexityConfig, perplexity
 from prefixquant.tasks.export import ENDS_FILE, PREFIX_FILE, block_file, export_files
 from prefixquant.tasks.find_prefix import FindPrefixConfig, choose_prefix, down_input_peaks, prefix_key_values
+from prefixquant.tasks.gptq import GptqConfig
 from prefixquant.tasks.load import LoadedModel, load_model, read_ends, torch_dtype
 from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites, run_batched
 from prefixquant.tasks.model.saved import block_tensors, block_weights
@@ -25,6 +26,9 @@ from prefixquant.tasks.quantize_block import quantize_block
 from prefixquant.tasks.rotate import Ends, RotateConfig, rotate_block, rotate_ends
 from prefixquant.tasks.search import SearchConfig
 from prefixquant.tasks.texts import TextConfig, WindowsConfig, cut_windows, draw_windows, read_documents, tokenize
+
+COMPUTE = Resources(gpus=1, cpus=1)
+"""Of the tasks that pass data through blocks."""
 
 BATCH_TOKENS = 8192
 """Tokens of one forward through a block."""
@@ -58,7 +62,7 @@ class TokensNode:
     """Windows drawn at random (calibration) or one after the other (evaluation)."""
 
     where: str = field(metadata=outside_key())
-    """Recipe keys that ask for it, for messages."""
+    """Recipe key that sets the windows' length, for messages."""
 
     text: TextConfig = field(metadata=outside_key())
     """Where the text is; the fingerprint says what it is."""
@@ -73,9 +77,9 @@ def run_tokens(context: TaskContext) -> TaskOutput:
     tokenizer = LoadedModel.from_artifact(context.inputs["load"]).tokenizer()
     tokens = tokenize(tokenizer, read_documents(config.text))
     if isinstance(config.windows, WindowsConfig):
-        windows = draw_windows(tokens, config.windows, where=f"{config.where}.length")
+        windows = draw_windows(tokens, config.windows, where=config.where)
     else:
-        windows = cut_windows(tokens, config.windows.window, config.windows.max_windows, where="evaluate.window")
+        windows = cut_windows(tokens, config.windows.window, config.windows.max_windows, where=config.where)
     return TaskOutput(Artifact(tensors={"windows": windows}), metrics={"text_tokens": tokens.numel()})
 
 
@@ -108,7 +112,8 @@ def _ends_artifact(ends: Ends, model: LoadedModel) -> Artifact:
     return Artifact(tensors={f"{name}.weight": tensor for name, tensor in names.items()})
 
 
-def _ends(artifact: Artifact, model: LoadedModel) -> Ends:
+def model_ends(artifact: Artifact, model: LoadedModel) -> Ends:
+    """Return what `rotate[ends]` holds."""
     tensors, family = artifact.tensors, model.family
     return Ends(*(tensors[f"{name}.weight"] for name in (family.embedding, family.final_norm, family.head)))
 
@@ -165,7 +170,7 @@ def run_prefix(context: TaskContext) -> TaskOutput:
         token_ids = config.find.tokens
     else:
         assert model.bos_token_id is not None  # `check_fit` has seen to it
-        ends = _ends(context.inputs["ends"], model)
+        ends = model_ends(context.inputs["ends"], model)
         windows = context.inputs["windows"].tensors["windows"]
         blocks = RotatedBlocks(context, model, config.transforms, None)
         stream = ends.embedding[windows].to(context.device)
@@ -180,14 +185,15 @@ def run_prefix(context: TaskContext) -> TaskOutput:
     tensors = {}
     if token_ids:
         blocks = RotatedBlocks(context, model, config.transforms, None)
-        hidden = _ends(context.inputs["ends"], model).embedding[torch.tensor(token_ids)]
+        hidden = model_ends(context.inputs["ends"], model).embedding[torch.tensor(token_ids)]
         keys, values = prefix_key_values(blocks, hidden, device=context.device)
         tensors = {"keys": keys, "values": values}
     record |= {"token_ids": list(token_ids), "tokens": [model.tokenizer().decode([token]) for token in token_ids]}
     return TaskOutput(Artifact(tensors, record), metrics={"num_tokens": len(token_ids)})
 
 
-def _prefix(artifact: Artifact) -> tuple[Tensor, Tensor] | None:
+def prefix_tensors(artifact: Artifact) -> tuple[Tensor, Tensor] | None:
+    """Return keys and values [L, KV heads, P, head_dim] of the prefix; None if there is none."""
     return (artifact.tensors["keys"], artifact.tensors["values"]) if artifact.tensors else None
 
 
@@ -205,10 +211,10 @@ def run_calibrate(context: TaskContext) -> TaskOutput:
     config: CalibrateNode = context.config
     model = LoadedModel.from_artifact(context.inputs["load"])
     windows = context.inputs["windows"].tensors["windows"]
-    stream = _ends(context.inputs["ends"], model).embedding[windows].to(context.device)
+    stream = model_ends(context.inputs["ends"], model).embedding[windows].to(context.device)
     ranges = calibrate_blocks(
         RotatedBlocks(context, model, config.transforms, config.quantize),
-        _prefix(context.inputs["prefix"]),
+        prefix_tensors(context.inputs["prefix"]),
         stream,
         config.calibrate,
         batch_size=_batch_size(windows),
@@ -240,11 +246,11 @@ def run_stream(context: TaskContext) -> TaskOutput:
     model = LoadedModel.from_artifact(context.inputs["load"])
     if config.block == 0:
         windows = context.inputs["windows"].tensors["windows"]
-        return TaskOutput(Artifact({"stream": _ends(context.inputs["ends"], model).embedding[windows]}))
+        return TaskOutput(Artifact({"stream": model_ends(context.inputs["ends"], model).embedding[windows]}))
     previous = config.block - 1
     block = _block(context, model, previous, context.inputs["block"].tensors, config.transforms)
     stream = context.inputs["stream"].tensors["stream"]
-    prefix = block_prefix(_prefix(context.inputs["prefix"]), previous, context.device)
+    prefix = block_prefix(prefix_tensors(context.inputs["prefix"]), previous, context.device)
     output = run_batched(
         partial(block, prefix=prefix), stream, _batch_size(stream), context.device, f"stream, block {previous}"
     )
@@ -259,6 +265,8 @@ class BlockNode:
     transforms: OnlineTransforms
     quantize: QuantizeConfig
     search: SearchConfig | None
+    gptq: GptqConfig | None
+    """How the weights are rounded at the end; None: to nearest."""
 
 
 def run_block(context: TaskContext) -> TaskOutput:
@@ -272,14 +280,17 @@ def run_block(context: TaskContext) -> TaskOutput:
         block,
         _ranges(context.inputs["ranges"], config.block),
         stream.to(context.device),
-        block_prefix(_prefix(context.inputs["prefix"]), config.block, context.device),
+        block_prefix(prefix_tensors(context.inputs["prefix"]), config.block, context.device),
         config.quantize.weights,
         config.search,
         batch_size=_batch_size(stream),
+        gptq=config.gptq,
     )
     spec = config.quantize.weights
     tensors = block_tensors(weights, result.weights, result.sites, model.family, config.block, spec)
     errors = {"error": result.error, "error_before_search": result.error_before}
+    if result.error_nearest is not None:
+        errors["error_nearest"] = result.error_nearest
     record: dict[str, Any] = {**errors, "search": result.search, "tensors": sorted(tensors)}
     return TaskOutput(Artifact(tensors, record), metrics=errors)
 
@@ -306,7 +317,7 @@ def run_evaluate(context: TaskContext) -> TaskOutput:
         ends = Ends(*(part.to(dtype) for part in (original.embedding, original.gain, original.head)))
         blocks = _original_blocks(context, model)
     else:
-        ends = _ends(context.inputs["ends"], model)
+        ends = model_ends(context.inputs["ends"], model)
         blocks = _quantized_blocks(context, model)
     result = perplexity(
         blocks,
@@ -332,7 +343,7 @@ def _quantized_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tupl
     config: EvaluateNode = context.config
     assert config.quantize is not None
     assert config.transforms is not None
-    prefix = _prefix(context.inputs["prefix"])
+    prefix = prefix_tensors(context.inputs["prefix"])
     shapes = block_shapes(model.config, 0)
     for index, artifact in enumerate(context.inputs["blocks"]):
         weights, sites = block_weights(

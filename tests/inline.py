@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixquant.cluster.store import ArtifactStore
+from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.artifacts import load_artifact
 from prefixquant.pipeline.build import Source, build_graph, load_node
 from prefixquant.pipeline.graph import Graph
@@ -45,9 +46,9 @@ def run_inline(data: dict[str, Any] | Recipe, store: ArtifactStore) -> tuple[Gra
 
 def _run(graph: Graph, store: ArtifactStore, results: dict[str, NodeResult]) -> None:
     for name in graph.order:
-        if store.has(graph.key(name)):
-            continue
         node = graph.nodes[name]
+        if node.task.run is None or (store.has(graph.key(name)) and not graph.is_forced(name, store.keys())):
+            continue
         results[name] = run_node(
             NodeCall(
                 store_url=store.url,
@@ -56,7 +57,7 @@ def _run(graph: Graph, store: ArtifactStore, results: dict[str, NodeResult]) -> 
                 config=node.config,
                 key=graph.key(name),
                 input_keys=graph.input_keys(name),
-                byproduct_keys={},
+                byproducts={label: Byproduct(key=graph.key(each), meta={}) for label, each in node.byproducts.items()},
                 cpus=1,
             )
         )

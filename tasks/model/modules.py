@@ -112,7 +112,7 @@ def attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bias = causal_lower_right(num_queries, num_keys)
+    bias: Any = causal_lower_right(num_queries, num_keys)
     if query.device.type == "cpu":
         bias = bias._materialize()  # what it does there itself, with a warning each time
     output = F.scaled_dot_product_attention(query, key, value, bias, scale=kwargs.get("scaling"))

@@ -5,6 +5,7 @@ Letters: O outputs and I inputs of a linear, R rows and G groups that share a sc
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +101,8 @@ def make_trainable(
                 found.append(Trainable(f"{role}.zero_point", quantizer.zero_point, False, 1.0))
         found.append(Trainable(f"{role}.weight", linear.weight, True, step))
     for role in (block.family.norm1, block.family.norm2):
-        norm: nn.Module = block.layer.get_submodule(role)
-        norm.weight = nn.Parameter(norm.weight.detach().clone())  # type: ignore[union-attr, operator]
-        gain = norm.weight
-        assert isinstance(gain, nn.Parameter)
+        norm: Any = block.layer.get_submodule(role)
+        norm.weight = gain = nn.Parameter(norm.weight.detach().clone())
         found.append(Trainable(f"{role}.weight", gain, True, float(gain.abs().mean()) / 8))
     for name, site in block.sites.items():
         quantizer_ = site.quantizer
@@ -152,5 +151,5 @@ def trained_weights(block: Block, spec: WeightSpec | None) -> dict[str, Quantize
 
 def trained_norms(block: Block) -> dict[str, Tensor]:
     """Return the trained gains of the block's two norms by name of the weight."""
-    roles = (block.family.norm1, block.family.norm2)
-    return {f"{role}.weight": block.layer.get_submodule(role).weight.detach().cpu() for role in roles}  # type: ignore[union-attr, operator]
+    norms: dict[str, Any] = {role: block.layer.get_submodule(role) for role in (block.family.norm1, block.family.norm2)}
+    return {f"{role}.weight": norm.weight.detach().cpu() for role, norm in norms.items()}

@@ -14,6 +14,7 @@ import yaml
 
 from prefixquant.cluster.ray_session import RaySession
 from prefixquant.cluster.store import ArtifactStore
+from prefixquant.pipeline.graph import Graph
 from prefixquant.pipeline.overrides import apply_overrides
 from prefixquant.pipeline.plan import Plan
 from prefixquant.pipeline.recipe import Recipe, parse_recipe
@@ -71,6 +72,9 @@ class World:
 
     def plan(self, *overrides: str) -> Plan:
         return plan_recipe(self.recipe(*overrides), str(self.store_path))[1]
+
+    def graph(self, *overrides: str) -> Graph:
+        return plan_recipe(self.recipe(*overrides), str(self.store_path))[0]
 
     def keys(self, *overrides: str) -> dict[str, str]:
         """Return node name -> key of a recipe."""
