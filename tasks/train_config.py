@@ -75,7 +75,9 @@ class TrainConfig:
     """Seconds after which the state of an unfinished block is stored at the end of an epoch."""
 
     def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("epochs", "sequences", "sequence_length", "batch_size", "segments")}
+        counts = {
+            name: getattr(self, name) for name in ("epochs", "sequences", "sequence_length", "batch_size", "segments")
+        }
         for name, value in counts.items():
             if value < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {value}")

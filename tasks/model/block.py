@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig
+from transformers import AutoModel, Cache, PretrainedConfig
 
 from prefixquant.tasks.errors import NumericalError
-from prefixquant.tasks.model.cache import prefix_cache
+from prefixquant.tasks.model.cache import cache_name, prefix_cache
 from prefixquant.tasks.model.families import ModelFamily
 from prefixquant.tasks.model.modules import ATTENTION, KeySiteBeforeRope, Site, register_attention
 from prefixquant.tasks.model.sites import OnlineTransforms, install_sites, sites_of
@@ -84,6 +84,7 @@ class Block(nn.Module):
         self.model = model.to(device).eval().requires_grad_(False)
         self.layer = layer
         self.family = family
+        self._cache_name = cache_name(self.model)
 
     @property
     def attention(self) -> nn.Module:
@@ -119,14 +120,17 @@ class Block(nn.Module):
         """
         stacked = None if prefix is None else (prefix[0].unsqueeze(0), prefix[1].unsqueeze(0))
         cache = prefix_cache([self.attention], stacked, hidden_BTD.shape[0])
-        return self.model(inputs_embeds=hidden_BTD, past_key_values=cache, use_cache=True).last_hidden_state
+        return self._run(hidden_BTD, cache).last_hidden_state
+
+    def _run(self, hidden_BTD: Tensor, cache: Cache) -> Any:
+        return self.model(inputs_embeds=hidden_BTD, use_cache=True, **{self._cache_name: cache})
 
     @torch.no_grad()
     def prefix_states(self, hidden_1PD: Tensor) -> tuple[Tensor, Prefix]:
         """Return the block's output for the prefix tokens and their keys and values, in full precision."""
         with self.only():
             cache = prefix_cache([self.attention], None, 1)
-            output = self.model(inputs_embeds=hidden_1PD, past_key_values=cache, use_cache=True).last_hidden_state
+            output = self._run(hidden_1PD, cache).last_hidden_state
         return output, (cache.layers[0].keys[0], cache.layers[0].values[0])
 
 

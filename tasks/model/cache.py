@@ -1,6 +1,7 @@
 """KV cache that starts with the full-precision prefix and quantizes what enters. Letters: B batch, H KV heads, P prefix
 tokens, T tokens, C head channels."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -9,6 +10,15 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from prefixquant.kernels.hadamard import hadamard_transform
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a model's forward calls its KV cache: the first since transformers 5.24."""
+
+
+def cache_name(base: nn.Module) -> str:
+    """Return what the forward of a base model (the one without head) calls its KV cache."""
+    return CACHE_NAMES[0] if CACHE_NAMES[0] in signature(base.forward).parameters else CACHE_NAMES[1]
 
 
 class PrefixLayer(DynamicLayer):
@@ -47,7 +57,7 @@ def attach_prefix(base: nn.Module, attentions: list[nn.Module], prefix: tuple[Te
     """
 
     def start_behind_prefix(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        given = kwargs.get("past_key_values")
+        given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         if given is not None:
             if not all(isinstance(layer, PrefixLayer) for layer in given.layers) or not given.layers:
                 raise ValueError(
@@ -57,7 +67,7 @@ def attach_prefix(base: nn.Module, attentions: list[nn.Module], prefix: tuple[Te
             return args, kwargs
         tokens = args[0] if args else kwargs.get("input_ids")
         batch = len(tokens if tokens is not None else kwargs["inputs_embeds"])
-        kwargs |= {"past_key_values": prefix_cache(attentions, prefix, batch), "use_cache": True}
+        kwargs |= {cache_name(base): prefix_cache(attentions, prefix, batch), "use_cache": True}
         mask = kwargs.get("attention_mask")
         if prefix is not None and mask is not None and mask.dim() == 2:
             kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, prefix[0].shape[2]), mask], dim=1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,11 +86,7 @@ class Killer(threading.Thread):
 @pytest.fixture(scope="module")
 def undisturbed(finished, tmp_path_factory):
     """The digests and losses of the trained blocks of a run that nothing disturbs."""
-    import shutil
-
-    from conftest import World
-
-    world = World(tmp_path_factory.mktemp("undisturbed"))
+    world = type(finished)(tmp_path_factory.mktemp("undisturbed"))
     shutil.copytree(finished.model, world.model)
     shutil.copytree(finished.store_path, world.store_path)
     graph, _, _ = run_inline(world.recipe(*CHANGE), world.store)
