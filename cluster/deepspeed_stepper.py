@@ -32,6 +32,9 @@ class DeepSpeedStepper:
         _check(self._names, groups, gradient_clip, precision, device)
         self._module, self._device, self.stage = module, device, stage
         self._marks = _Marks(module)
+        self._scalars = {each for each in module.parameters() if each.dim() == 0}
+        for each in self._scalars:
+            each.data = each.data.reshape(1)  # DeepSpeed cannot broadcast a tensor without dimensions
         self._hooks = _autocast(module, device, _AUTOCAST[precision])
         optimizer = torch.optim.AdamW(
             [{"params": list(group.parameters), "weight_decay": group.weight_decay} for group in groups],
@@ -101,7 +104,8 @@ class DeepSpeedStepper:
         state = {"step": next(iter(self._zero.optimizer.state.values()))["step"].detach().cpu().clone()}
         for parameter, name in self._names.items():
             for moment in _MOMENTS:
-                state[f"{name}.{moment}"] = safe_get_full_optimizer_state(parameter, moment).detach().cpu()
+                value = safe_get_full_optimizer_state(parameter, moment).detach().cpu()
+                state[f"{name}.{moment}"] = value.reshape(()) if parameter in self._scalars else value
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -118,6 +122,7 @@ class DeepSpeedStepper:
         for parameter, name in self._names.items():
             for moment in _MOMENTS:
                 value = state[f"{name}.{moment}"].to(self._device)
+                value = value.reshape(1) if parameter in self._scalars else value
                 if self.stage == 3:
                     safe_set_local_optimizer_state(parameter, _local(parameter, value), moment)
                 else:
@@ -130,15 +135,26 @@ class DeepSpeedStepper:
         from deepspeed.utils import safe_set_local_fp32_param
 
         if self.stage < 3:
-            yield
+            with self._scalars_as_such():
+                yield
             self._zero.refresh_fp32_params()
             return
         parameters = [each for each in module.parameters() if hasattr(each, "ds_id")]
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-            yield
+            with self._scalars_as_such():
+                yield
             for each in parameters:
                 if each.requires_grad:
                     safe_set_local_fp32_param(each, _local(each, each.data))
+
+    @contextmanager
+    def _scalars_as_such(self) -> Iterator[None]:
+        """Have the scalars without dimensions, as views."""
+        for each in self._scalars:
+            each.data = each.data.reshape(())
+        yield
+        for each in self._scalars:
+            each.data = each.data.reshape(1)
 
     def close(self) -> None:
         """Make the module an ordinary one again, with whole parameters. All ranks must call it."""
@@ -154,7 +170,8 @@ class DeepSpeedStepper:
             hook.remove()
         self._marks.remove(self._module)
         for parameter, value in zip(parameters, values, strict=True):
-            parameter.data, parameter.grad = value, None
+            parameter.data = value.reshape(()) if parameter in self._scalars else value
+            parameter.grad = None
 
 
 class _LossScale:

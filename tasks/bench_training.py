@@ -128,13 +128,15 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
     parameters = sum(each.numel() for group in groups for each in group.parameters)
+    how = ("eager" if args.eager else "CUDA graph") + (", compiled" if args.compile else "")
+    tflops = flops / seconds / 1e12
     print(
-        f"{args.shape}: {parameters / 1e6:.1f} M parameters, {args.batch_size} x {args.length} tokens a step on {name}, "
-        f"torch {torch.__version__}, {'eager' if args.eager else 'CUDA graph'}{', compiled' if args.compile else ''}\n"
+        f"{args.shape}: {parameters / 1e6:.1f} M parameters, {args.batch_size} x {args.length} tokens a step on "
+        f"{name}, torch {torch.__version__}, {how}\n"
         f"loss {losses[0]:.6f} -> {losses[-1]:.6f} in 3 steps\n"
-        f"{seconds * 1e3:.2f} ms a step, {seconds * 512 * 1024 / (args.batch_size * args.length):.2f} s an epoch of "
-        f"512 x 1024 tokens, {flops / seconds / 1e12:.0f} TFLOP/s, {flops / seconds / args.peak_tflops / 1e10:.1f} % of "
-        f"{args.peak_tflops:.0f}, {peak:.2f} GB"
+        f"{seconds * 1e3:.2f} ms a step, {seconds * 512 * 1024 / (args.batch_size * args.length):.2f} s an epoch "
+        f"of 512 x 1024 tokens, {tflops:.0f} TFLOP/s, {tflops / args.peak_tflops * 100:.1f} % "
+        f"of {args.peak_tflops:.0f}, {peak:.2f} GB"
     )
 
 

@@ -33,7 +33,7 @@ POSITIVE = ("scale", "clip_ratio")
 
 @dataclass(frozen=True, slots=True)
 class BlockData:
-    """What a block is trained on: streams of equal length, the target's first, then a second target if there are two."""
+    """What a block is trained on: streams of equal length, one or two of them targets."""
 
     inputs: Stream
     targets: tuple[Stream, ...]
@@ -249,6 +249,7 @@ class _Training:
         found = checkpoints.load()
         if found is not None and found[1]["factor"] <= progress.factor:
             best = self._restore(*found, stepper)
+            progress = self.progress
         else:
             progress.divergence = divergence
             progress.loss_before = progress.best_loss = self._loss(self.validation or self.train)

@@ -84,7 +84,8 @@ class TrainConfig:
         for name in ("sequences", "validation_sequences"):
             if getattr(self, name) % self.batch_size:
                 raise ConfigError(
-                    f"train.{name} must be a multiple of train.batch_size, got {getattr(self, name)} and {self.batch_size}"
+                    f"train.{name} must be a multiple of train.batch_size, "
+                    f"got {getattr(self, name)} and {self.batch_size}"
                 )
         if self.validation_sequences < 0:
             raise ConfigError(f"train.validation_sequences must not be negative, got {self.validation_sequences}")

@@ -11,7 +11,6 @@ from transformers.cache_utils import DynamicLayer
 
 from prefixquant.kernels.hadamard import hadamard_transform
 
-
 CACHE_NAMES = ("cache", "past_key_values")
 """What a model's forward calls its KV cache: the first since transformers 5.24."""
 

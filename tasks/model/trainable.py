@@ -87,7 +87,7 @@ def make_trainable(
     for role in block.family.linears:
         linear = block.linear(role)
         linear.weight = nn.Parameter(weights[role].to(linear.weight.device, torch.float32, copy=True))
-        step = float(linear.weight.abs().mean()) / 8  # without a grid: about a step of 4 bits
+        step = float(weights[role].float().abs().mean()) / 8  # without a grid: about a step of 4 bits
         if role in quantized:
             assert spec is not None
             grid = quantized[role]

@@ -24,7 +24,7 @@ SIZES = (2, 1, 4)
 
 
 class Regression(nn.Module):
-    """A small regression with odd sizes, which no number of ranks divides; `idle` has no part in the loss."""
+    """A regression with a scalar and odd sizes, which no number of ranks divides; `idle` has no part in the loss."""
 
     def __init__(self, factor=1.0):
         super().__init__()
@@ -33,14 +33,16 @@ class Regression(nn.Module):
         self.first = nn.Linear(6, 33)
         self.last = nn.Linear(33, 5)
         self.idle = nn.Parameter(torch.ones(7))
+        self.gain = nn.Parameter(torch.tensor(1.5))
         self.frozen = nn.Parameter(torch.full((1,), 2.0), requires_grad=False)
 
     def forward(self, x, y):
-        return (self.last(torch.tanh(self.first(x)) * self.frozen) - y).float().square().mean() * self.factor
+        hidden = torch.tanh(self.first(x) * self.gain) * self.frozen
+        return (self.last(hidden) - y).float().square().mean() * self.factor
 
     def groups(self):
         weights = [self.first.weight, self.last.weight, self.idle]
-        return [ParameterGroup(weights, 0.1), ParameterGroup([self.first.bias, self.last.bias])]
+        return [ParameterGroup(weights, 0.1), ParameterGroup([self.first.bias, self.last.bias, self.gain])]
 
 
 def data(steps):
@@ -286,7 +288,7 @@ def test_what_deepspeed_would_quietly_do_otherwise_is_refused(alone):
         (
             "precision",
             "above 0",
-            "in no group: first.bias, last.bias",
+            "in no group: gain, first.bias, last.bias",
             "is empty",
             "once",
             "must be float32",

@@ -93,7 +93,7 @@ def test_advance_passes_every_sequence_once(batch):
 def test_advance_names_where_an_output_is_not_finite(bad, sequence):
     stream = stream_of(numbers())
     stream.data[sequence, 1, 1] = bad
-    with pytest.raises(NumericalError, match="^quantized stream, block 3: the output holds NaN or infinite values$"):
+    with pytest.raises(NumericalError, match=r"^quantized stream, block 3: the output holds NaN or infinite values$"):
         advance(lambda part: part, stream, stream, 3, "quantized stream, block 3")
 
 
