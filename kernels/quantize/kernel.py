@@ -1,0 +1,107 @@
+"""RMSNorm and quantization of a row of activations in one program. M rows, K columns."""
+# Triton has no types, and its kernels cannot:
+# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefixquant.kernels.quantize.reference import STORAGE
+
+
+@triton.jit
+def _round(x):
+    # Halves to even, for magnitudes below 2^22: adding 1.5 * 2^23 leaves no bits below one.
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _codes(b_x, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
+    # Bounds first: they are whole, so the result is the same, and rounding then never meets a large number.
+    return _round(tl.minimum(tl.maximum(tl.div_rn(b_x, scale), LOW * 1.0), HIGH * 1.0))
+
+
+@triton.jit
+def quantize_kernel(
+    x,
+    gain,
+    scale,
+    clip_ratio,
+    codes,
+    scales,
+    K,
+    stride,
+    eps,
+    NORM: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    PACKED: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Quantize one row; BLOCK covers half of it, the halves being what an int4 byte holds one each of."""
+    i = tl.program_id(0).to(tl.int64)
+    half = K // 2
+    o = tl.arange(0, BLOCK)
+    m = o < half
+    row = x + i * stride
+    b_lo = tl.load(row + o, mask=m, other=0.0).to(tl.float32)
+    b_hi = tl.load(row + half + o, mask=m, other=0.0).to(tl.float32)
+    if NORM:
+        rms = tl.rsqrt((tl.sum(b_lo * b_lo, axis=0) + tl.sum(b_hi * b_hi, axis=0)) / K + eps)
+        b_lo *= rms * tl.load(gain + o, mask=m, other=0.0).to(tl.float32)
+        b_hi *= rms * tl.load(gain + half + o, mask=m, other=0.0).to(tl.float32)
+        b_lo = b_lo.to(x.dtype.element_ty).to(tl.float32)  # rounded as the norm's output would be
+        b_hi = b_hi.to(x.dtype.element_ty).to(tl.float32)
+    if DYNAMIC:
+        ratio = tl.load(clip_ratio)
+        top = tl.maximum(tl.max(tl.abs(b_lo), axis=0), tl.max(tl.abs(b_hi), axis=0)) * ratio
+        b_s = tl.maximum(tl.div_rn(2.0 * top, HIGH * 2.0 + 1.0), 1e-8)
+        tl.store(scales + i, b_s)
+    else:
+        b_s = tl.load(scale)
+    b_lo = _codes(b_lo, b_s, LOW, HIGH)
+    b_hi = _codes(b_hi, b_s, LOW, HIGH)
+    if PACKED:
+        byte = (b_lo.to(tl.int32) & 15) | ((b_hi.to(tl.int32) & 15) << 4)
+        tl.store(codes + i * half + o, byte.to(tl.uint8), mask=m)
+    else:
+        tl.store(codes + i * K + o, b_lo.to(codes.dtype.element_ty), mask=m)
+        tl.store(codes + i * K + half + o, b_hi.to(codes.dtype.element_ty), mask=m)
+
+
+def quantize_triton(
+    x: Tensor,
+    scale: Tensor | None,
+    clip_ratio: Tensor | None,
+    gain: Tensor | None,
+    eps: float,
+    bits: int,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    """Do on rows [M, K] with contiguous columns what the reference does."""
+    rows, columns = x.shape
+    packed = layout == "int4"
+    codes = torch.empty(rows, columns // 2 if packed else columns, dtype=STORAGE[layout], device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if scale is None else scale
+    block = max(16, triton.next_power_of_2(columns // 2))
+    quantize_kernel[(rows,)](
+        x,
+        x if gain is None else gain,
+        scales,
+        scales if clip_ratio is None else clip_ratio,
+        codes,
+        scales,
+        columns,
+        x.stride(0),
+        eps,
+        NORM=gain is not None,
+        DYNAMIC=scale is None,
+        PACKED=packed,
+        LOW=-(2 ** (bits - 1)),
+        HIGH=2 ** (bits - 1) - 1,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 256)),
+    )
+    return codes, scales
