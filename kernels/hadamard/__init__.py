@@ -1,12 +1,16 @@
-"""Orthonormal Hadamard transform of the last axis."""
+"""Orthonormal Hadamard transform of the last axis, perhaps fused with what stands around it in a model."""
 
+from functools import cache
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 
 from prefixquant.kernels.errors import KernelInputError
 
-from .reference import hadamard_factors, hadamard_transform_reference
+from .reference import hadamard_factors, hadamard_quantize_reference, hadamard_transform_reference
 
-__all__ = ["hadamard_factors", "hadamard_transform", "has_hadamard"]
+__all__ = ["hadamard_factors", "hadamard_quantize", "hadamard_transform", "has_hadamard"]
 
 
 def has_hadamard(n: int) -> bool:
@@ -30,3 +34,77 @@ def hadamard_transform(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise KernelInputError(f"hadamard_transform needs a floating-point tensor, got {x.dtype}")
     return hadamard_transform_reference(x)
+
+
+def hadamard_quantize(
+    x: Tensor,
+    up: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    clip_ratio: Tensor | None = None,
+    bits: int = 4,
+    layout: str = "int8",
+) -> tuple[Tensor, Tensor]:
+    """Return codes and scale of `hadamard_transform(x)`, or of `hadamard_transform(silu(x) * up)`.
+
+    Every step is rounded to x's type as it would be on its own; codes and scale are those of `kernels.quantize`.
+
+    Args:
+        x: [..., n] contiguous, float32, bfloat16 or float16.
+        up: of x's shape and type; x then is the gate of a SwiGLU (arXiv:2002.05202, equation 6).
+        scale: float32 scalar; None: a scale a token.
+        clip_ratio: float32 scalar, only without `scale`.
+        bits: 4 or 8.
+        layout: `int8`, or for 4 bits `fp8` (float8_e4m3fn).
+
+    Raises:
+        KernelInputError: types, shapes, devices or the layout do not fit, or n has no known Hadamard matrix.
+    """
+    _check(x, up, scale, clip_ratio, bits, layout)
+    hadamard_factors(x.shape[-1])
+    codes = torch.int8 if layout == "int8" else torch.float8_e4m3fn
+    if scale is None and clip_ratio is None:
+        clip_ratio = torch.ones((), device=x.device)
+    if x.is_cuda and _has_triton():
+        from .kernel import fits, hadamard_triton
+
+        if fits(x.shape[-1]):
+            rows = (None if each is None else each.reshape(-1, x.shape[-1]) for each in (x, up))
+            first, second = rows
+            assert first is not None
+            with torch.cuda.device(x.device):  # Triton launches on the current device
+                y, found = hadamard_triton(first, second, scale, clip_ratio, bits=bits, codes=codes)
+            assert found is not None
+            return y.view(x.shape), found.view(*x.shape[:-1], 1) if scale is None else found
+    return hadamard_quantize_reference(x, up, scale, clip_ratio, bits, layout)
+
+
+def _check(
+    x: Tensor, up: Tensor | None, scale: Tensor | None, clip_ratio: Tensor | None, bits: int, layout: str
+) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not x.is_contiguous() or x.ndim < 2:
+        raise KernelInputError(
+            f"hadamard_quantize needs contiguous [..., n] in float32, bfloat16 or float16, got {tuple(x.shape)} "
+            f"{x.dtype} with strides {x.stride()}"
+        )
+    if up is not None and (
+        up.shape != x.shape or up.dtype != x.dtype or up.device != x.device or not up.is_contiguous()
+    ):
+        raise KernelInputError(
+            f"up must be contiguous and like x, {tuple(x.shape)} {x.dtype}, got {tuple(up.shape)} {up.dtype}"
+        )
+    if layout not in ("int8", "fp8") or bits not in (4, 8) or (bits == 8 and layout == "fp8"):
+        raise KernelInputError(f"hadamard_quantize takes int8 of 4 or 8 bits or fp8 of 4, got {bits} as {layout!r}")
+    if scale is not None and clip_ratio is not None:
+        raise KernelInputError("hadamard_quantize takes a static scale or a clip_ratio of per-token scales, not both")
+    for name, value in (("scale", scale), ("clip_ratio", clip_ratio)):
+        if value is not None and (value.shape != () or value.dtype != torch.float32 or value.device != x.device):
+            raise KernelInputError(
+                f"{name} must be a float32 scalar on {x.device}, "
+                f"got {tuple(value.shape)} {value.dtype} on {value.device}"
+            )
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

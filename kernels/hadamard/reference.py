@@ -9,11 +9,13 @@ import math
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from compressed_tensors.transform.utils import hadamard as known
 from safetensors import safe_open
 from torch import Tensor
 
 from prefixquant.kernels.errors import KernelInputError
+from prefixquant.kernels.quantize.reference import quantize_reference
 
 MAX_POWER = 128
 """Largest power-of-two factor taken as one matrix product; larger ones are split."""
@@ -97,3 +99,11 @@ def hadamard_transform_reference(x: Tensor) -> Tensor:
         order = math.prod(factors)
         y = hadamard_matrix(factors, x.dtype, x.device).T @ y.reshape(-1, order, shape[-1] // order)
     return y.reshape(shape)
+
+
+def hadamard_quantize_reference(
+    x: Tensor, up: Tensor | None, scale: Tensor | None, clip_ratio: Tensor | None, bits: int, layout: str
+) -> tuple[Tensor, Tensor]:
+    """Return codes and scale as `hadamard_quantize` does."""
+    transformed = hadamard_transform_reference(x if up is None else F.silu(x) * up)
+    return quantize_reference(transformed, scale, clip_ratio, None, 0.0, bits, layout)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from prefixquant.kernels.gemm.kernel import linear_triton
 from prefixquant.kernels.gemm.reference import linear_reference
+from prefixquant.kernels.hadamard.kernel import hadamard_triton
+from prefixquant.kernels.hadamard.reference import hadamard_quantize_reference, hadamard_transform_reference
 from prefixquant.kernels.int4 import pack_int4, unpack_int4
 from prefixquant.kernels.quantize.kernel import quantize_triton
 from prefixquant.kernels.quantize.reference import quantize_reference
@@ -74,6 +76,26 @@ def compare_linear() -> None:
     print("linear matches")
 
 
+def compare_hadamard() -> None:
+    """One axis and two, sizes that are no powers of two, alone and between SwiGLU and quantization."""
+    for n in (16, 96, 128, 576, 1536, 14336):
+        x, up = torch.randn(2, 37 if n < 600 else 3, n, generator=GENERATOR)
+        y, _ = hadamard_triton(x)
+        torch.testing.assert_close(y, hadamard_transform_reference(x), rtol=0, atol=1e-5)  # float32 sums
+        one, ratio = torch.tensor(0.2), torch.tensor(0.9)
+        for scale, clip_ratio in ((one, None), (None, ratio)):
+            for layout, codes in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+                got, scales = hadamard_triton(x, up, scale, clip_ratio, codes=codes)
+                wanted, wanted_scales = hadamard_quantize_reference(x, up, scale, clip_ratio, 4, layout)
+                difference = (got.float() - wanted.float()).abs()
+                assert difference.max() <= 1  # a value on the edge between two codes, by the order of float32 sums
+                assert difference.mean() <= 1e-3
+                assert scales is not None
+                torch.testing.assert_close(scales, wanted_scales, rtol=1e-5, atol=0)
+    print("hadamard matches")
+
+
 if __name__ == "__main__":
     compare_quantize()
     compare_linear()
+    compare_hadamard()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from prefixquant.kernels.errors import KernelInputError
-from prefixquant.kernels.hadamard import hadamard_factors, hadamard_transform, has_hadamard
+from prefixquant.kernels.hadamard import hadamard_factors, hadamard_quantize, hadamard_transform, has_hadamard
+from prefixquant.kernels.quantize import quantize
 
 # head sizes, hidden and intermediate sizes of known models; only 1 and 64 are powers of two
 SIZES = (1, 64, 576, 1536, 4864, 11008, 14336, 18944, 29568)
@@ -73,3 +74,33 @@ def test_hadamard_transform_refuses_a_size_without_a_known_matrix(n):
 def test_hadamard_transform_refuses_integers():
     with pytest.raises(KernelInputError, match=r"floating-point tensor, got torch\.int32"):
         hadamard_transform(torch.ones(2, 4, dtype=torch.int32))
+
+
+def test_a_fused_swiglu_hadamard_and_quantization_are_the_three_in_turn():
+    gate, up = torch.randn(2, 4, 5, 96, generator=torch.Generator().manual_seed(0))
+    transformed = hadamard_transform(torch.nn.functional.silu(gate) * up)
+    codes, scale = hadamard_quantize(gate, up, clip_ratio=torch.tensor(0.9))
+    wanted, wanted_scale = quantize(transformed, clip_ratio=torch.tensor(0.9), layout="int8")
+    assert scale.shape == (4, 5, 1)
+    assert torch.equal(scale, wanted_scale)
+    assert torch.equal(codes, wanted)
+    codes, _ = hadamard_quantize(gate, None, torch.tensor(0.1), layout="fp8")
+    assert torch.equal(codes.float(), quantize(hadamard_transform(gate), torch.tensor(0.1), layout="fp8")[0].float())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, 8).double()}, "float32, bfloat16 or float16"),
+        ({"up": torch.zeros(4, 4)}, "like x"),
+        ({"layout": "int4"}, "'int4'"),
+        ({"clip_ratio": torch.tensor(1.0)}, "not both"),
+        ({"scale": torch.ones(1)}, "float32 scalar"),
+        ({"x": torch.zeros(4, 7)}, "order 7"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_wrong_input_of_the_fused_operator_is_refused(change, message):
+    arguments = {"x": torch.zeros(4, 8), "scale": torch.tensor(1.0)} | change
+    with pytest.raises(KernelInputError, match=message):
+        hadamard_quantize(**arguments)
