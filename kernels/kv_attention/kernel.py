@@ -1,0 +1,299 @@
+"""Attention over a 4-bit KV cache in Triton.
+
+B batch, H key-value heads, G queries a head, T tokens, S places, C channels.
+A head's C channels are two halves, the low and the high nibbles of its bytes; so they are in the rotary embedding.
+"""
+# Triton has no types, and its kernels cannot:
+# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefixquant.kernels.hadamard.reference import hadamard_axes, hadamard_matrix
+
+
+@triton.jit
+def _code(x, scale):
+    x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -8.0), 7.0)  # whole bounds: clamping first is the same
+    return ((x + 12582912.0) - 12582912.0).to(tl.int32) & 15  # to the nearest, halves to even
+
+
+@triton.jit
+def rotate_kernel(
+    x,
+    cos,
+    sin,
+    matrix,
+    scale,
+    place,
+    y,
+    T,
+    H,
+    S,
+    s_xb,
+    s_xh,
+    s_xt,
+    s_cb,
+    s_ct,
+    ROPE: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    PACK: tl.constexpr,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Rotate BT tokens of one head; PACK: write codes at `place` and after, else values [B, H, T, C]."""
+    HALF: tl.constexpr = C // 2
+    i_t, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // H).to(tl.int64), i_bh % H
+    o_t = i_t * BT + tl.arange(0, BT)
+    o_c = tl.arange(0, HALF)
+    m = (o_t < T)[:, None] & (o_c < HALF)[None, :]
+    p_x = x + i_b * s_xb + i_h * s_xh + o_t[:, None] * s_xt + o_c[None, :]
+    b_lo, b_hi = tl.load(p_x, mask=m, other=0.0), tl.load(p_x + HALF, mask=m, other=0.0)
+    if ROPE:
+        o_r = i_b * s_cb + o_t[:, None] * s_ct + o_c[None, :]
+        b_cos, b_sin = tl.load(cos + o_r, mask=m, other=0.0), tl.load(sin + o_r, mask=m, other=0.0)
+        dtype = b_lo.dtype  # products and sum are rounded one by one, as the unfused model rounds them
+        lo = (b_lo * b_cos).to(dtype) + (-b_hi * b_sin).to(dtype)
+        b_hi = (b_hi * b_cos).to(dtype) + (b_lo * b_sin).to(dtype)
+        b_lo = lo
+    if HADAMARD:
+        p_h = matrix + o_c[:, None] * C + o_c[None, :]
+        new = tl.dot(b_lo, tl.load(p_h), input_precision="ieee")
+        new = tl.dot(b_hi, tl.load(p_h + HALF * C), new, input_precision="ieee")
+        high = tl.dot(b_lo, tl.load(p_h + HALF), input_precision="ieee")
+        high = tl.dot(b_hi, tl.load(p_h + HALF * C + HALF), high, input_precision="ieee")
+        b_lo, b_hi = new.to(x.dtype.element_ty), high.to(x.dtype.element_ty)
+    if PACK:
+        b_s = tl.load(scale + i_h)
+        byte = _code(b_lo.to(tl.float32), b_s) | (_code(b_hi.to(tl.float32), b_s) << 4)
+        o_s = tl.load(place) + o_t
+        m_s = m & (o_s < S)[:, None]
+        tl.store(y + (i_b * H + i_h) * S * HALF + o_s[:, None] * HALF + o_c[None, :], byte.to(tl.uint8), mask=m_s)
+    else:
+        p_y = y + ((i_b * H + i_h) * T + o_t[:, None]) * C + o_c[None, :]
+        tl.store(p_y, b_lo, mask=m)
+        tl.store(p_y + HALF, b_hi, mask=m)
+
+
+@triton.jit
+def _absorb(scores, top, total, acc_lo, acc_hi, v_lo, v_hi):
+    # One step of the online softmax (arXiv:1805.02867); a row that has seen nothing keeps a top of -inf.
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weights = tl.exp2(scores - safe[:, None])
+    shrink = tl.exp2(top - safe)
+    total = total * shrink + tl.sum(weights, axis=1)
+    weights = weights.to(v_lo.dtype)
+    acc_lo = tl.dot(weights, v_lo, acc_lo * shrink[:, None], input_precision="ieee")
+    acc_hi = tl.dot(weights, v_hi, acc_hi * shrink[:, None], input_precision="ieee")
+    return new_top, total, acc_lo, acc_hi
+
+
+@triton.jit
+def attention_kernel(
+    query,
+    keys,
+    values,
+    key_scale,
+    value_scale,
+    length,
+    start,
+    prefix_keys,
+    prefix_values,
+    y,
+    tops,
+    totals,
+    T,
+    H,
+    S,
+    P,
+    scaling,
+    SPLITS: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BP: tl.constexpr,
+    STARTS: tl.constexpr,
+):
+    """Let BM rows (tokens times the G queries of a head) see one of SPLITS parts of the cache.
+
+    y [SPLITS, B, T, H, G, C] holds a part's output divided by its own sum, `tops` and `totals` its softmax state.
+    """
+    HALF: tl.constexpr = C // 2
+    i_m, i_bh, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, i_h = (i_bh // H).to(tl.int64), i_bh % H
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_c = tl.arange(0, HALF)
+    m_m = o_m < T * G
+    i_t, i_g = o_m // G, o_m % G
+    p_q = query + ((i_b * H * G + i_h * G + i_g[:, None]) * T + i_t[:, None]) * C + o_c[None, :]
+    q_lo = tl.load(p_q, mask=m_m[:, None], other=0.0)
+    q_hi = tl.load(p_q + HALF, mask=m_m[:, None], other=0.0)
+    end = tl.load(length)
+    row = end - T + i_t  # the place of each row's token
+    unit = scaling * 1.4426950408889634  # exponentials are powers of two
+    top = tl.full((BM,), -float("inf"), dtype=tl.float32)
+    total = tl.zeros((BM,), dtype=tl.float32)
+    acc_lo = tl.zeros((BM, HALF), dtype=tl.float32)
+    acc_hi = tl.zeros((BM, HALF), dtype=tl.float32)
+    b_vs = tl.load(value_scale + i_h)
+    if i_s == 0:
+        o_p = tl.arange(0, BP)
+        m_p = (o_p < P)[:, None]
+        o_kv = (i_h * P + o_p[:, None]) * C + o_c[None, :]
+        k_lo = tl.load(prefix_keys + o_kv, mask=m_p, other=0.0).to(q_lo.dtype)
+        k_hi = tl.load(prefix_keys + o_kv + HALF, mask=m_p, other=0.0).to(q_lo.dtype)
+        scores = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee")
+        scores = tl.dot(q_hi, tl.trans(k_hi), scores, input_precision="ieee") * unit
+        scores = tl.where((o_p < P)[None, :], scores, -float("inf"))
+        v_lo = tl.load(prefix_values + o_kv, mask=m_p, other=0.0).to(q_lo.dtype)
+        v_hi = tl.load(prefix_values + o_kv + HALF, mask=m_p, other=0.0).to(q_lo.dtype)
+        top, total, acc_lo, acc_hi = _absorb(scores, top, total, acc_lo, acc_hi, v_lo, v_hi)
+        acc_lo, acc_hi = acc_lo / b_vs, acc_hi / b_vs  # what follows is counted in codes
+    b_ks = tl.load(key_scale + i_h) * unit
+    first = tl.load(start + i_b) if STARTS else 0
+    last = tl.minimum(end, end - T + tl.minimum(i_m * BM + BM - 1, T * G - 1) // G + 1)
+    part = tl.cdiv(tl.cdiv(end, SPLITS), BN) * BN
+    begin = tl.maximum(i_s * part, first // BN * BN)
+    o_n = tl.arange(0, BN)
+    base = (i_b * H + i_h) * S * HALF
+    for n in range(begin, tl.minimum(last, i_s * part + part), BN):
+        m_n = (n + o_n < last)[:, None]
+        o_kv = base + (n + o_n[:, None]).to(tl.int64) * HALF + o_c[None, :]
+        b_k = tl.load(keys + o_kv, mask=m_n, other=0).to(tl.int8, bitcast=True)
+        k_lo = ((b_k << 4) >> 4).to(q_lo.dtype)
+        k_hi = (b_k >> 4).to(q_lo.dtype)
+        scores = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee")
+        scores = tl.dot(q_hi, tl.trans(k_hi), scores, input_precision="ieee") * b_ks
+        seen = (n + o_n[None, :] <= row[:, None]) & (n + o_n[None, :] >= first)
+        scores = tl.where(seen, scores, -float("inf"))
+        b_v = tl.load(values + o_kv, mask=m_n, other=0).to(tl.int8, bitcast=True)
+        v_lo = ((b_v << 4) >> 4).to(q_lo.dtype)
+        v_hi = (b_v >> 4).to(q_lo.dtype)
+        top, total, acc_lo, acc_hi = _absorb(scores, top, total, acc_lo, acc_hi, v_lo, v_hi)
+    norm = b_vs / tl.where(total == 0.0, 1.0, total)
+    batch = tl.num_programs(1) // H
+    o_row = ((i_s * batch + i_b) * T + i_t) * (H * G) + i_h * G + i_g
+    p_y = y + o_row[:, None] * C + o_c[None, :]
+    tl.store(p_y, (acc_lo * norm[:, None]).to(y.dtype.element_ty), mask=m_m[:, None])
+    tl.store(p_y + HALF, (acc_hi * norm[:, None]).to(y.dtype.element_ty), mask=m_m[:, None])
+    if SPLITS > 1:
+        tl.store(tops + o_row, top, mask=m_m)
+        tl.store(totals + o_row, total, mask=m_m)
+
+
+@triton.jit
+def combine_kernel(parts, tops, totals, y, ROWS, SPLITS: tl.constexpr, BS: tl.constexpr, C: tl.constexpr):
+    """Add one row's parts [SPLITS, ROWS, C], each weighted by its share of the softmax."""
+    i = tl.program_id(0).to(tl.int64)
+    o_s, o_c = tl.arange(0, BS), tl.arange(0, C)
+    m = o_s < SPLITS
+    top = tl.load(tops + o_s * ROWS + i, mask=m, other=-float("inf"))
+    best = tl.max(top, axis=0)
+    best = tl.where(best == -float("inf"), 0.0, best)
+    share = tl.exp2(top - best) * tl.load(totals + o_s * ROWS + i, mask=m, other=0.0)
+    total = tl.sum(share, axis=0)
+    share /= tl.where(total == 0.0, 1.0, total)
+    b_y = tl.load(parts + (o_s[:, None] * ROWS + i) * C + o_c[None, :], mask=m[:, None], other=0.0)
+    tl.store(y + i * C + o_c, tl.sum(b_y * share[:, None], axis=0).to(y.dtype.element_ty))
+
+
+def rotate_triton(
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    hadamard: bool,
+    scale: Tensor | None = None,
+    cache: Tensor | None = None,
+    place: Tensor | None = None,
+) -> Tensor:
+    """Rotate x [B, H, T, C] and return it, or write its codes into a cache [B, H, S, C / 2] and return that."""
+    batch, heads, tokens, channels = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if cache is None else cache
+    (axis,) = hadamard_axes(channels) if hadamard else ((),)
+    matrix = hadamard_matrix(axis, x.dtype, x.device) if hadamard else x
+    block = 16 if tokens <= 16 else 64
+    rope = x if cos is None else cos
+    rotate_kernel[(triton.cdiv(tokens, block), batch * heads)](
+        x,
+        rope,
+        x if sin is None else sin,
+        matrix,
+        x if scale is None else scale,
+        x if place is None else place,
+        y,
+        tokens,
+        heads,
+        y.shape[2],
+        *x.stride()[:3],
+        *((0, 0) if cos is None else cos.expand(batch, -1, -1).stride()[:2]),
+        ROPE=cos is not None,
+        HADAMARD=hadamard,
+        PACK=cache is not None,
+        C=channels,
+        BT=block,
+        num_warps=4,
+    )
+    return y
+
+
+def attention_triton(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    length: Tensor,
+    start: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
+    scaling: float,
+    splits: int,
+) -> Tensor:
+    """Do what the reference does, the cache cut into `splits` parts; query [B, H G, T, C], contiguous."""
+    batch, heads, tokens, channels = query.shape
+    kv_heads, places = keys.shape[1:3]
+    groups = heads // kv_heads
+    rows = tokens * groups
+    block = max(16, min(64 if channels > 64 else 128, triton.next_power_of_2(rows)))
+    y = torch.empty(batch, tokens, heads, channels, dtype=query.dtype, device=query.device)
+    parts = y if splits == 1 else torch.empty(splits, *y.shape, dtype=torch.float32, device=y.device)
+    state = torch.empty(2, splits, *y.shape[:-1], dtype=torch.float32, device=y.device) if splits > 1 else parts
+    count = 0 if prefix is None else prefix[0].shape[1]
+    attention_kernel[(triton.cdiv(rows, block), batch * kv_heads, splits)](
+        query,
+        keys,
+        values,
+        key_scale,
+        value_scale,
+        length,
+        length if start is None else start,
+        query if prefix is None else prefix[0],
+        query if prefix is None else prefix[1],
+        parts,
+        state[0],
+        state[1] if splits > 1 else state,
+        tokens,
+        kv_heads,
+        places,
+        count,
+        scaling,
+        SPLITS=splits,
+        G=groups,
+        C=channels,
+        BM=block,
+        BN=64,
+        BP=max(16, triton.next_power_of_2(count)),
+        STARTS=start is not None,
+        num_warps=4,
+        num_stages=3,
+    )
+    if splits > 1:
+        total = batch * tokens * heads
+        combine_kernel[(total,)](
+            parts, state[0], state[1], y, total, SPLITS=splits, BS=triton.next_power_of_2(splits), C=channels
+        )
+    return y
