@@ -83,10 +83,10 @@ def load_quantized(folder: str | Path, *, device: str | torch.device = "cpu") ->
         CheckpointError: a file is missing or damaged.
     """
     folder, device = Path(folder), torch.device(device)
-    description = _read_description(folder)
-    config = _read_config(folder)
+    description = read_description(folder)
+    config = read_config(folder)
     family = find_family(config.model_type)
-    quantize = _quantize_config(description["quantize"])
+    quantize = read_quantize_config(description["quantize"])
     transforms = OnlineTransforms(**description["transforms"])
     dtype = getattr(torch, description["dtype"])
     register_attention()
@@ -95,7 +95,7 @@ def load_quantized(folder: str | Path, *, device: str | torch.device = "cpu") ->
     blocks = model.get_submodule(family.blocks)
     shapes = block_shapes(config, 0)
     for index, layer in enumerate(blocks):
-        stored = _read_shard(folder / block_file(index))
+        stored = read_shard(folder / block_file(index))
         try:
             weights, sites = block_weights(stored, shapes, family, index, quantize.weights, dtype)
         except KeyError as err:
@@ -103,7 +103,7 @@ def load_quantized(folder: str | Path, *, device: str | torch.device = "cpu") ->
         layer.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
         install_sites(layer, config, family, transforms=transforms, quantize=quantize)
         load_sites(sites_of(layer, family), sites, device)
-    ends = _read_shard(folder / ENDS_FILE)
+    ends = read_shard(folder / ENDS_FILE)
     for name in (family.embedding, family.head):
         model.get_submodule(name).weight = nn.Parameter(ends[f"{name}.weight"].to(device), requires_grad=False)
     gain = ends[f"{family.final_norm}.weight"].to(device)
@@ -111,14 +111,15 @@ def load_quantized(folder: str | Path, *, device: str | torch.device = "cpu") ->
     base = model.get_submodule(family.embedding.rsplit(".", 1)[0])
     base.rotary_emb = type(base.rotary_emb)(config=config).to(device)
     attentions = [layer.get_submodule(family.attention) for layer in blocks]
-    prefix = _read_shard(folder / PREFIX_FILE) if description["prefix_token_ids"] else None
+    prefix = read_shard(folder / PREFIX_FILE) if description["prefix_token_ids"] else None
     attach_prefix(
         base, attentions, None if prefix is None else (prefix["keys"].to(device), prefix["values"].to(device))
     )
     return model.eval().requires_grad_(False)
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return what `prefixquant.json` of an exported folder says."""
     try:
         description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
     except (OSError, ValueError) as err:
@@ -131,7 +132,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return the transformers config of an exported folder."""
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as err:
@@ -139,14 +141,16 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{folder}: {CONFIG} cannot be read ({reason}); run the recipe again") from err
 
 
-def _quantize_config(values: Mapping[str, Any]) -> QuantizeConfig:
+def read_quantize_config(values: Mapping[str, Any]) -> QuantizeConfig:
+    """Return the `quantize` group of a folder's description."""
     kinds = {"weights": WeightSpec, "activations": ActivationSpec, "keys": KeyValueSpec, "values": KeyValueSpec}
     return QuantizeConfig(
         **{name: None if values[name] is None else kind(**values[name]) for name, kind in kinds.items()}
     )
 
 
-def _read_shard(path: Path) -> dict[str, Tensor]:
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of one file of an exported folder, on the CPU."""
     names = read_safetensors_header(path)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}

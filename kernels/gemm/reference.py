@@ -9,13 +9,12 @@ from prefixquant.kernels.int4 import unpack_int4
 def linear_reference(
     x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return what `quantized_linear` does; the product of codes is exact, in float64."""
-    codes = (unpack_int4(weight) if weight.dtype == torch.uint8 else weight).to(torch.float64)
+    """Return what `quantized_linear` does; the product of codes is exact."""
+    codes = unpack_int4(weight) if weight.dtype == torch.uint8 else weight
     if x_scale is None:
-        y = x.double() @ codes.T * weight_scale.double()
+        y = (x.double() @ codes.double().T * weight_scale.double()).float()
     else:
-        # Scales meet the exact product in float32, in the order of the kernel.
-        y = ((x.to(torch.float64) @ codes.T).float() * x_scale * weight_scale).double()
-    if bias is not None:
-        y = y.float() + bias.float()
-    return y.to(dtype)
+        largest = 2**7 if x.dtype == torch.int8 else 2**3  # magnitudes of x; those of the weight are at most 2^7
+        exact = torch.float32 if largest * 2**7 * x.shape[-1] <= 2**24 else torch.float64
+        y = (x.to(exact) @ codes.to(exact).T).float() * x_scale * weight_scale  # in the order of the kernel
+    return (y if bias is None else y + bias.float()).to(dtype)

@@ -1,0 +1,101 @@
+"""The KV cache of the runtime: packed 4-bit codes, the full-precision prefix apart.
+
+Letters: B batch, H KV heads, S places, C channels of a head, P prefix tokens, T tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+GROWTH = 256
+"""Places are added in multiples of it."""
+
+
+class PackedLayer(CacheLayerMixin):
+    """Keys and values of one block. Attention writes and reads the tensors itself."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, cache: "PackedCache", heads: int, channels: int) -> None:
+        super().__init__()
+        self._cache = cache
+        shape = (cache.batch, heads, 0, channels // 2)
+        self.keys = torch.empty(shape, dtype=torch.uint8, device=cache.place.device)
+        self.values = torch.empty_like(self.keys)
+        self.is_initialized = True
+
+    def grow(self, places: int) -> None:
+        """Have so many places; what is filled stays."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], places, old.shape[3])
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Do nothing: the constructor did it."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse: values come in through the attention of the runtime."""
+        raise RuntimeError("the packed cache is written by the model it was made for; make it with model.new_cache()")
+
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        """Return how many keys a mask would cover, and the first."""
+        tokens = query if isinstance(query, int) else query.shape[0]
+        return self._cache.filled + tokens, 0
+
+    def get_seq_length(self) -> int:
+        """Return the filled places, without the prefix."""
+        return self._cache.filled
+
+    def get_max_length(self) -> int:
+        """Return -1: it grows."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.24
+
+
+class PackedCache(Cache):
+    """What the model has seen of a batch. It grows as needed; `reserve` sets the room up at once."""
+
+    def __init__(self, batch: int, blocks: int, heads: int, channels: int, device: torch.device) -> None:
+        self.batch = batch
+        self.filled = 0
+        """Places filled, as the host knows it."""
+        self.place = torch.zeros(1, dtype=torch.int32, device=device)
+        """The first place of the tokens under way."""
+        self.length = torch.zeros(1, dtype=torch.int32, device=device)
+        """Places filled once they are in."""
+        self.start: Tensor | None = None
+        """int32 [B]: the first place of each sequence that is no padding; None: 0."""
+        super().__init__(layers=[PackedLayer(self, heads, channels) for _ in range(blocks)])
+
+    @property
+    def places(self) -> int:
+        """How many places there are."""
+        return int(self.layers[0].keys.shape[2])
+
+    def reserve(self, places: int) -> None:
+        """Have at least so many places."""
+        if places > self.places:
+            rounded = -(-places // GROWTH) * GROWTH
+            for layer in self.layers:
+                layer.grow(rounded)
+
+    def begin(self, tokens: int) -> None:
+        """Make room for the next tokens and set the counters that kernels read."""
+        self.reserve(self.filled + tokens)
+        self.place.copy_(self.length)
+        self.length += tokens
+
+    def end(self, tokens: int) -> None:
+        """Count the tokens as seen."""
+        self.filled += tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the filled places, without the prefix."""
+        return self.filled
