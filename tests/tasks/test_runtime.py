@@ -101,8 +101,7 @@ def test_it_is_a_model_of_its_family_and_loads_without_ray_or_mlflow(static):
     code = (
         "import sys\n"
         "from transformers import LlamaForCausalLM\n"
-        "from prefixquant.tasks.model.sites import head_size
-from prefixquant.tasks.runtime import QuantizedCausalLM\n"
+        "from prefixquant.tasks.runtime import QuantizedCausalLM\n"
         f"model = QuantizedCausalLM.load({str(static.folder)!r})\n"
         "assert isinstance(model, QuantizedCausalLM) and isinstance(model, LlamaForCausalLM)\n"
         "assert not {'ray', 'mlflow'} & set(sys.modules)\n"
