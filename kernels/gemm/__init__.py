@@ -41,6 +41,14 @@ def quantized_linear(
         KernelInputError: types, shapes, strides or devices do not fit.
     """
     _check(x, x_scale, weight, weight_scale, bias)
+    y: Tensor = _linear(x, x_scale, weight, weight_scale, bias, dtype)
+    return y
+
+
+@torch.library.custom_op("prefixquant::linear", mutates_args=())
+def _linear(
+    x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     if not (x.is_cuda and _has_triton()):
         return linear_reference(x, x_scale, weight, weight_scale, bias, dtype)
     from .kernel import linear_triton
@@ -48,6 +56,13 @@ def quantized_linear(
     with torch.cuda.device(x.device):  # Triton launches on the current device
         y = linear_triton(x.view(-1, x.shape[-1]), x_scale, weight, weight_scale, bias, dtype)
     return y.view(*x.shape[:-1], -1)
+
+
+@_linear.register_fake
+def _(
+    x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
 def _check(x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prefixquant.kernels.errors import KernelInputError
+from prefixquant.kernels.quantize.reference import STORAGE
 
 from .reference import hadamard_factors, hadamard_quantize_reference, hadamard_transform_reference
 
@@ -61,22 +62,47 @@ def hadamard_quantize(
         KernelInputError: types, shapes, devices or the layout do not fit, or n has no known Hadamard matrix.
     """
     _check(x, up, scale, clip_ratio, bits, layout)
-    hadamard_factors(x.shape[-1])
-    codes = torch.int8 if layout == "int8" else torch.float8_e4m3fn
+    codes, scales = _hadamard_quantize(x, up, scale, clip_ratio, bits, layout)
+    return codes, scales if scale is None else scale
+
+
+@torch.library.custom_op("prefixquant::hadamard_quantize", mutates_args=())
+def _hadamard_quantize(
+    x: Tensor, up: Tensor | None, scale: Tensor | None, clip_ratio: Tensor | None, bits: int, layout: str
+) -> tuple[Tensor, Tensor]:
+    """Return codes, and the scales of tokens; none of these with a static scale."""
+    hadamard_factors(x.shape[-1])  # here, where torch.compile does not look for the table of matrices
     if scale is None and clip_ratio is None:
         clip_ratio = torch.ones((), device=x.device)
-    if x.is_cuda and _has_triton():
-        from .kernel import fits, hadamard_triton
+    if _fits_kernel(x):
+        from .kernel import hadamard_triton
 
-        if fits(x.shape[-1]):
-            rows = (None if each is None else each.reshape(-1, x.shape[-1]) for each in (x, up))
-            first, second = rows
-            assert first is not None
-            with torch.cuda.device(x.device):  # Triton launches on the current device
-                y, found = hadamard_triton(first, second, scale, clip_ratio, bits=bits, codes=codes)
-            assert found is not None
-            return y.view(x.shape), found.view(*x.shape[:-1], 1) if scale is None else found
-    return hadamard_quantize_reference(x, up, scale, clip_ratio, bits, layout)
+        rows = x.view(-1, x.shape[-1])
+        with torch.cuda.device(x.device):  # Triton launches on the current device
+            codes, found = hadamard_triton(
+                rows, None if up is None else up.view(rows.shape), scale, clip_ratio, bits=bits, codes=STORAGE[layout]
+            )
+        assert found is not None
+        codes, scales = codes.view(x.shape), found
+    else:
+        codes, scales = hadamard_quantize_reference(x, up, scale, clip_ratio, bits, layout)
+    return codes, scales.view(*x.shape[:-1], 1) if scale is None else scales.new_empty(0)
+
+
+@_hadamard_quantize.register_fake
+def _(
+    x: Tensor, up: Tensor | None, scale: Tensor | None, clip_ratio: Tensor | None, bits: int, layout: str
+) -> tuple[Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=STORAGE[layout])
+    return codes, x.new_empty((*x.shape[:-1], 1) if scale is None else (0,), dtype=torch.float32)
+
+
+def _fits_kernel(x: Tensor) -> bool:
+    if not (x.is_cuda and _has_triton()):
+        return False
+    from .kernel import fits
+
+    return fits(x.shape[-1])
 
 
 def _check(

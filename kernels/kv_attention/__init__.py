@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from prefixquant.kernels.errors import KernelInputError
-from prefixquant.kernels.hadamard import has_hadamard
 
 from .reference import attention_reference, pack_heads_reference, rotate_reference
 
@@ -25,12 +24,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, hadamard: bool) -> Tensor:
         KernelInputError: types, shapes or devices do not fit.
     """
     _check_heads(x, cos, sin, hadamard)
+    y: Tensor = _rotate(x, cos, sin, hadamard)
+    return y
+
+
+@torch.library.custom_op("prefixquant::rotate", mutates_args=())
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, hadamard: bool) -> Tensor:
     if not _on_gpu(x):
-        return rotate_reference(x, cos, sin, hadamard)
+        return rotate_reference(x, cos, sin, hadamard).contiguous()
     from .kernel import rotate_triton
 
     with torch.cuda.device(x.device):  # Triton launches on the current device
         return rotate_triton(x, cos, sin, hadamard)
+
+
+@_rotate.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, hadamard: bool) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def store_heads(
@@ -60,12 +70,25 @@ def store_heads(
         KernelInputError: types, shapes or devices do not fit.
     """
     _check_heads(x, cos, sin, hadamard)
-    batch, heads, tokens, channels = x.shape
+    batch, heads, _, channels = x.shape
     if scale.shape != (heads,) or scale.dtype != torch.float32:
         raise KernelInputError(f"scale must be float32 [{heads}], got {tuple(scale.shape)} {scale.dtype}")
     _check_cache(packed, batch, heads, channels)
     _check_counter(place, "place", 1)
     _check_devices(x, scale=scale, packed=packed, place=place)
+    _store_heads(x, scale, packed, place, cos, sin, hadamard)
+
+
+@torch.library.custom_op("prefixquant::store_heads", mutates_args=("packed",))
+def _store_heads(
+    x: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    place: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    hadamard: bool,
+) -> None:
     if _on_gpu(x):
         from .kernel import rotate_triton
 
@@ -75,7 +98,7 @@ def store_heads(
     if cos is not None and sin is not None:
         x = rotate_reference(x, cos, sin, hadamard)
     first = int(place)
-    kept = packed[:, :, first : first + tokens]
+    kept = packed[:, :, first : first + x.shape[2]]
     kept.copy_(pack_heads_reference(x, scale)[:, :, : kept.shape[2]])
 
 
@@ -144,12 +167,53 @@ def kv_attention(
     if splits < 1:
         raise KernelInputError(f"splits must be at least 1, got {splits}")
     _check_devices(query, keys=keys, values=values, key_scale=key_scale, value_scale=value_scale, length=length)
+    first, second = prefix or (None, None)
+    y: Tensor = _kv_attention(
+        query, keys, values, key_scale, value_scale, length, start, first, second, scaling, splits
+    )
+    return y
+
+
+@torch.library.custom_op("prefixquant::kv_attention", mutates_args=())
+def _kv_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    length: Tensor,
+    start: Tensor | None,
+    prefix_keys: Tensor | None,
+    prefix_values: Tensor | None,
+    scaling: float,
+    splits: int,
+) -> Tensor:
+    prefix = None if prefix_keys is None or prefix_values is None else (prefix_keys, prefix_values)
     if not _on_gpu(query):
-        return attention_reference(query, keys, values, key_scale, value_scale, length, start, prefix, scaling)
+        y = attention_reference(query, keys, values, key_scale, value_scale, length, start, prefix, scaling)
+        return y.contiguous()
     from .kernel import attention_triton
 
     with torch.cuda.device(query.device):
         return attention_triton(query, keys, values, key_scale, value_scale, length, start, prefix, scaling, splits)
+
+
+@_kv_attention.register_fake
+def _(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    length: Tensor,
+    start: Tensor | None,
+    prefix_keys: Tensor | None,
+    prefix_values: Tensor | None,
+    scaling: float,
+    splits: int,
+) -> Tensor:
+    batch, heads, tokens, channels = query.shape
+    return query.new_empty(batch, tokens, heads, channels)
 
 
 def _check_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, hadamard: bool) -> None:
@@ -175,8 +239,8 @@ def _check_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, hadamard: bo
             )
     if cos is not None and sin is not None and cos.stride() != sin.stride():
         raise KernelInputError("cos and sin must have the same strides")
-    if hadamard and not (channels <= 128 and has_hadamard(channels)):
-        raise KernelInputError(f"no Hadamard transform of {channels} channels here; 128 at most")
+    if hadamard and channels not in (16, 32, 64, 128):
+        raise KernelInputError(f"R3 takes heads of 16, 32, 64 or 128 channels here, got {channels}")
     if cos is not None and sin is not None:
         _check_devices(x, cos=cos, sin=sin)
 

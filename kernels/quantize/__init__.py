@@ -42,15 +42,47 @@ def quantize(
         KernelInputError: types, shapes, strides, devices or the layout do not fit.
     """
     _check(x, scale, clip_ratio, gain, bits, layout)
+    codes, scales = _quantize(x, scale, clip_ratio, gain, eps, bits, layout)
+    return codes, scales if scale is None else scale
+
+
+@torch.library.custom_op("prefixquant::quantize", mutates_args=())
+def _quantize(
+    x: Tensor,
+    scale: Tensor | None,
+    clip_ratio: Tensor | None,
+    gain: Tensor | None,
+    eps: float,
+    bits: int,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    """Return codes, and the scales of tokens; none of these with a static scale."""
     if scale is None and clip_ratio is None:
         clip_ratio = torch.ones((), device=x.device)
-    if not (x.is_cuda and _has_triton()):
-        return quantize_reference(x, scale, clip_ratio, gain, eps, bits, layout)
-    from .kernel import quantize_triton
+    if x.is_cuda and _has_triton():
+        from .kernel import quantize_triton
 
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        codes, found = quantize_triton(x.reshape(-1, x.shape[-1]), scale, clip_ratio, gain, eps, bits, layout)
-    return codes.view(*x.shape[:-1], -1), found.view(*x.shape[:-1], 1) if scale is None else found
+        with torch.cuda.device(x.device):  # Triton launches on the current device
+            codes, scales = quantize_triton(x.reshape(-1, x.shape[-1]), scale, clip_ratio, gain, eps, bits, layout)
+        codes = codes.view(*x.shape[:-1], -1)
+    else:
+        codes, scales = quantize_reference(x, scale, clip_ratio, gain, eps, bits, layout)
+    return codes, scales.view(*x.shape[:-1], 1) if scale is None else scales.new_empty(0)
+
+
+@_quantize.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor | None,
+    clip_ratio: Tensor | None,
+    gain: Tensor | None,
+    eps: float,
+    bits: int,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    columns = x.shape[-1] // 2 if layout == "int4" else x.shape[-1]
+    codes = x.new_empty((*x.shape[:-1], columns), dtype=STORAGE[layout])
+    return codes, x.new_empty((*x.shape[:-1], 1) if scale is None else (0,), dtype=torch.float32)
 
 
 def _check(
