@@ -34,7 +34,7 @@ def make(quantize, variant="llama-biases"):
         quantizer = site.quantizer
         if quantizer.spec.mode == "static":
             shape = quantizer.parameter_shape()
-            quantizer.set_range(torch.full(shape, -0.6), torch.full(shape, 0.4))
+            quantizer.set_range(torch.full(shape, -0.1), torch.full(shape, 0.08))
         else:
             quantizer.clip_ratio.fill_(0.7)
     weights = {role: block.linear(role).weight.data.clone() for role in block.family.linears}
