@@ -30,11 +30,12 @@ def random(*shape, seed=0):
 def make(quantize, variant="llama-biases"):
     """Return a trainable block and its parameters; sites have plausible grids."""
     block = tiny.build_blocks(tiny.tiny_variant(variant), RotateConfig(), quantize)[0]
-    for site in block.sites.values():
+    for name, site in block.sites.items():
         quantizer = site.quantizer
         if quantizer.spec.mode == "static":
             shape = quantizer.parameter_shape()
-            quantizer.set_range(torch.full(shape, -0.1), torch.full(shape, 0.08))
+            top = 0.01 if name == "o_input" else 0.1  # means of values: they would not be clipped where those were
+            quantizer.set_range(torch.full(shape, -top), torch.full(shape, 0.8 * top))
         else:
             quantizer.clip_ratio.fill_(0.7)
     weights = {role: block.linear(role).weight.data.clone() for role in block.family.linears}
