@@ -34,7 +34,7 @@ def make(quantize, variant="llama-biases"):
         quantizer = site.quantizer
         if quantizer.spec.mode == "static":
             shape = quantizer.parameter_shape()
-            top = 0.01 if name == "o_input" else 0.1  # means of values: they would not be clipped where those were
+            top = 0.01 if name in ("o_input", "down_input") else 0.1  # what enters these is small
             quantizer.set_range(torch.full(shape, -top), torch.full(shape, 0.8 * top))
         else:
             quantizer.clip_ratio.fill_(0.7)
