@@ -16,6 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from prefixquant.cluster.errors import ArtifactError
+from prefixquant.cluster.jobs import JobError
+from prefixquant.pipeline.cli_jobs import job_app, submit
+from prefixquant.pipeline.cli_options import DEFAULT_STORE, JsonOption, Overrides, RecipeArgument, StoreOption
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
 
 app = typer.Typer(
@@ -24,14 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize causal language models to 4-bit weights, activations and KV cache with static scales.",
 )
-
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to replace.")]
-StoreOption = Annotated[
-    str, typer.Option("--store", envvar="PREFIXQUANT_STORE", help="Folder or URL of the artifact store.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-DEFAULT_STORE = "prefixquant-store"
 
 
 @app.command()
@@ -208,6 +203,10 @@ def gc(
     )
 
 
+app.command()(submit)
+app.add_typer(job_app, name="job")
+
+
 def _show_result(record: dict[str, Any]) -> None:
     console = Console()
     prefix = record["prefix"]
@@ -234,18 +233,17 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress is enough
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        sys.exit(app(standalone_mode=False))  # None, or the status of a typer.Exit
     except (typer.Abort, KeyboardInterrupt):
         _say("interrupted; finished tasks are stored, and the same command goes on from them")
         sys.exit(1)
-    except (PrefixQuantError, ArtifactError, ConnectionError) as err:
+    except (PrefixQuantError, ArtifactError, JobError, ConnectionError) as err:
         _say(f"error: {err}")
         sys.exit(_status(err))
     except Exception as err:
         if hasattr(err, "format_message"):  # click's usage errors
-            _say(f"error: {err.format_message()}")
+            if message := err.format_message():  # none where the help has just been shown
+                _say(f"error: {message}")
             sys.exit(2)
         raise
 
