@@ -1,0 +1,1 @@
+"""Export profiles: an exported folder rewritten as other tools load it."""
