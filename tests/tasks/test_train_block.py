@@ -206,7 +206,9 @@ def test_a_loss_that_explodes_is_tried_once_more_at_half_the_rates():
         bad = len(calls) == 40  # in the second epoch of the first attempt
         return mse(output, target) * (torch.nan if bad else 1.0)
 
-    result = problem.run(loss=loss)
+    said = []
+    result = problem.run(loss=loss, on_divergence=lambda block, where: said.append((block, where)))
+    assert said == [(0, result.divergence)]
     assert result.learning_rate_factor == 0.5
     assert "the loss is nan" in result.divergence
     assert len(result.epochs) == CONFIG.epochs
