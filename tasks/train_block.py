@@ -348,7 +348,9 @@ class _Training:
                 f"(largest at step {worst} of {self.steps})"
             )
         with self.ranks.whole(self.module):
-            lowest = {each.name: float(each.parameter.min()) for each in self.trained if each.name.endswith(POSITIVE)}
+            lowest = {
+                each.name: float(each.parameter.detach().min()) for each in self.trained if each.name.endswith(POSITIVE)
+            }
         for name, low in lowest.items():
             if low <= 0:
                 raise _Diverged(f"epoch {epoch}: {name} fell to {low:.4g}")
