@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
+from prefixquant.kernels.gemm import FEW_ROWS
 from prefixquant.kernels.int4 import pack_int4
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.export import (
@@ -22,7 +23,6 @@ from prefixquant.tasks.model.block import block_shapes
 from prefixquant.tasks.model.cache import CACHE_NAMES, cache_name
 from prefixquant.tasks.model.families import ModelFamily, find_family
 from prefixquant.tasks.model.modules import SiteNorm
-from prefixquant.tasks.model.quantizer import QuantizedWeight
 from prefixquant.tasks.model.saved import SITES, saved_weights
 from prefixquant.tasks.model.sites import (
     ATTENTION_INPUT,
@@ -36,7 +36,16 @@ from prefixquant.tasks.model.sites import (
 )
 from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.runtime.cache import PackedCache
-from prefixquant.tasks.runtime.modules import CodedAttention, CodedLinear, CodedMLP, CodedNorm, InputSite
+from prefixquant.tasks.runtime.decode import DecodeGraph
+from prefixquant.tasks.runtime.modules import (
+    PACKED_FEW_ROWS,
+    CodedAttention,
+    CodedBlock,
+    CodedLinear,
+    CodedMLP,
+    CodedNorm,
+    InputSite,
+)
 
 ATTENTION = "prefixquant-runtime"
 
@@ -52,7 +61,13 @@ class QuantizedCausalLM:
     num_prefix_tokens: int
 
     @staticmethod
-    def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16) -> Any:
+    def load(
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        fast_prompts: bool = False,
+    ) -> Any:
         """Return the model in a folder that `prefixquant run --out` wrote.
 
         On a GPU with Triton the kernels of `prefixquant.kernels` run, elsewhere their PyTorch references.
@@ -61,12 +76,14 @@ class QuantizedCausalLM:
             folder: the export.
             device: where it runs.
             dtype: of embedding, head, norms and what flows between the blocks.
+            fast_prompts: keep the weights' codes as fp8 as well, a byte each, for 4-bit activations on a GPU that has
+                fp8. Prompts then need not unpack them; the weights of the blocks take three times the memory.
 
         Raises:
             CheckpointError: a file is missing or damaged.
             ConfigError: the folder is quantized in a way that no kernel runs.
         """
-        return _Loader(Path(folder), torch.device(device), dtype).load()
+        return _Loader(Path(folder), torch.device(device), dtype, fast_prompts).load()
 
     def new_cache(self, batch: int, places: int = 0) -> PackedCache:
         """Return an empty cache for `batch` sequences, with room for `places` tokens; it grows."""
@@ -76,6 +93,12 @@ class QuantizedCausalLM:
         cache = PackedCache(batch, blocks, heads, head_size(config), device)
         cache.reserve(places)
         return cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the family's forward returns. On a GPU, one more token a sequence is a CUDA graph replayed; the
+        logits of such a step are overwritten by the next."""
+        graph = DecodeGraph.of(self, args, kwargs)
+        return super().__call__(*args, **kwargs) if graph is None else graph.step(args, kwargs)  # type: ignore[misc]
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does, into a packed cache. Beams are refused: the cache cannot be reordered."""
@@ -92,7 +115,7 @@ class QuantizedCausalLM:
 class _Loader:
     """Builds one model."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, fast_prompts: bool) -> None:
         description = read_description(folder)
         self.folder, self.device, self.dtype = folder, device, dtype
         self.config = read_config(folder)
@@ -103,7 +126,8 @@ class _Loader:
         _check(self.quantize, self.config)
         activations = self.quantize.activations
         fp8 = activations is not None and activations.bits <= 4 and _has_fp8(device)
-        self.layout = "fp8" if fp8 else "int8"
+        self.wide = fp8 and fast_prompts
+        self.fp8_rows = (FEW_ROWS if self.wide else PACKED_FEW_ROWS) + 1 if fp8 else None
 
     def load(self) -> Any:
         AttentionInterface.register(ATTENTION, _no_attention)
@@ -140,52 +164,48 @@ class _Loader:
 
         def product(*roles: str) -> CodedLinear:
             biases = [own.get(f"{role}.bias") for role in roles]
-            scale = torch.cat([weights[role].scale.reshape(-1) for role in roles]).float()
-            codes = torch.cat([self._codes(weights[role]) for role in roles])
+            scale = torch.cat([weights[role].scale.reshape(-1) for role in roles]).float().to(self.device)
+            codes = torch.cat([weights[role].codes for role in roles]).to(self.device)
             bias = self._to(torch.cat([each for each in biases if each is not None])) if biases[0] is not None else None
-            return CodedLinear(codes.to(self.device), scale.to(self.device), bias, self.dtype)
+            wide = codes.to(torch.float8_e4m3fn) if self.wide else None
+            return CodedLinear(self._packed(codes), scale, bias, self.dtype, wide)
 
         def norm(role: str, site: str) -> CodedNorm:
             return CodedNorm(self._to(own[f"{role}.weight"]), config.rms_norm_eps, self._site(own, site))
 
-        def head_norm(role: str) -> SiteNorm | None:
-            weight = own.get(f"{family.attention}.{role}.weight")
-            return None if weight is None else SiteNorm(self._to(weight), config.rms_norm_eps, None)
-
+        gains = [own.get(f"{family.attention}.{role}.weight") for role in ("q_norm", "k_norm")]
         scales = tuple(own[f"{SITES}.{site}.scale"].reshape(-1).float().to(self.device) for site in (KEYS, VALUES))
         scales = tuple(each.expand(config.num_key_value_heads).contiguous() for each in scales)
-        attention: Any = layer.get_submodule(family.attention)
-        new = CodedAttention(
+        old: Any = layer.get_submodule(family.attention)
+        attention = CodedAttention(
             index,
             product(family.q, family.k, family.v),
             product(family.o),
             self._site(own, O_INPUT),
             (scales[0], scales[1]),
             None if prefix is None else (self._to(prefix[0][index]), self._to(prefix[1][index])),
-            (head_norm("q_norm"), head_norm("k_norm")),
-            channels=head_size(config),
-            scaling=attention.scaling,
+            None if gains[0] is None or gains[1] is None else (self._to(gains[0]), self._to(gains[1])),
+            eps=config.rms_norm_eps,
+            scaling=old.scaling,
             hadamard=self.transforms.r3,
         )
         mlp = CodedMLP(
             product(family.gate, family.up), product(family.down), self._site(own, DOWN_INPUT), self.transforms.r4
         )
-        layer.set_submodule(family.attention, new)
-        layer.set_submodule(family.gate.rsplit(".", 1)[0], mlp)
-        layer.set_submodule(family.norm1, norm(family.norm1, ATTENTION_INPUT))
-        layer.set_submodule(family.norm2, norm(family.norm2, MLP_INPUT))
+        norms = norm(family.norm1, ATTENTION_INPUT), norm(family.norm2, MLP_INPUT)
+        CodedBlock.become(layer, norms[0], attention, norms[1], mlp)
 
-    def _codes(self, weight: QuantizedWeight) -> Tensor:
+    def _packed(self, codes: Tensor) -> Tensor:
         assert self.quantize.weights is not None
-        return pack_int4(weight.codes) if self.quantize.weights.bits <= 4 else weight.codes.to(torch.int8)
+        return pack_int4(codes) if self.quantize.weights.bits <= 4 else codes.to(torch.int8)
 
     def _site(self, own: dict[str, Tensor], site: str) -> InputSite:
         activations = self.quantize.activations
         if activations is None:
-            return InputSite(None, None, None, self.layout)
+            return InputSite(None, None, None, None)
         found = [own.get(f"{SITES}.{site}.{name}") for name in ("scale", "clip_ratio")]
         scale, ratio = (None if each is None else each.float().reshape(()).to(self.device) for each in found)
-        return InputSite(activations.bits, scale, ratio, self.layout)
+        return InputSite(activations.bits, scale, ratio, self.fp8_rows)
 
 
 def _check(quantize: QuantizeConfig, config: Any) -> None:
