@@ -9,6 +9,7 @@ What settings have in common is computed once, and with --store also what an ear
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -200,12 +201,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_output(args.export)
         with ExitStack() as stack:
             folder = args.store or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefixquant-")))
-            runs = InlineRuns(ArtifactStore(os.fspath(folder.absolute())), torch.device(args.device), _Progress())
+            runs = InlineRuns(ArtifactStore(os.fspath(folder.absolute())), _device(args.device), _Progress())
             _measure_all(recipes, runs, args.export)
     except PrefixQuantError as err:
         print(f"{parser.prog}: {err}", file=sys.stderr)
         return 2 if isinstance(err, ConfigError) else 1
+    finally:
+        gc.unfreeze()  # what a worker may keep until its process is killed; this one ends in order
     return 0
+
+
+def _device(name: str) -> torch.device:
+    """Return a device with its index."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as err:  # torch without CUDA asserts
+        reason = str(err).splitlines()[0]
+        raise ConfigError(f"--device {name} cannot be used ({reason}); give cpu, or cuda where there is one") from err
 
 
 def _measure_all(recipes: dict[str, Recipe], runs: InlineRuns, export: Path | None) -> None:
