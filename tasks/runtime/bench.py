@@ -305,9 +305,7 @@ def _baseline(config: Any, bench: BenchConfig, report: BenchReport) -> dict[str,
                 layer.cumulative_length.fill_(bench.prompt)
             token, positions = _ids(config, batch, 1), torch.full((batch, 1), bench.prompt, device="cuda")
 
-            def step(
-                forward: Any = forward, cache: Any = cache, token: Any = token, positions: Any = positions
-            ) -> None:
+            def step(forward: Any = forward, cache: Any = cache, ids: Any = token, at: Any = positions) -> None:
                 for layer in cache.layers:
                     layer.cumulative_length.fill_(bench.prompt)
                 forward(input_ids=ids, position_ids=at, **{name: cache})
