@@ -23,6 +23,69 @@ def _code(x, scale):
 
 
 @triton.jit
+def _halves(packed, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Return the codes in the low and in the high nibbles of bytes, as values of a type.
+
+    In 16 bits, nibble ^ 8 set into the last bits of 128 (bfloat16) or 1024 (float16) is that number + 8 + code: two
+    codes take an instruction to place and one to subtract, where conversions would take more time than the products.
+    """
+    if ASM and dtype == tl.bfloat16:
+        lo, hi = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d, u, v;
+            mov.b32 u, 0x3F803F80;
+            mov.b32 v, 0xC308C308;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shr.u32 c, a, 4;
+            shr.u32 d, b, 4;
+            lop3.b32 a, a, 0x000F000F, 0x43084308, 0x6A;
+            lop3.b32 b, b, 0x000F000F, 0x43084308, 0x6A;
+            lop3.b32 c, c, 0x000F000F, 0x43084308, 0x6A;
+            lop3.b32 d, d, 0x000F000F, 0x43084308, 0x6A;
+            fma.rn.bf16x2 $0, a, u, v;
+            fma.rn.bf16x2 $1, b, u, v;
+            fma.rn.bf16x2 $2, c, u, v;
+            fma.rn.bf16x2 $3, d, u, v;
+            }""",
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    elif ASM and dtype == tl.float16:
+        lo, hi = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d, u, v;
+            mov.b32 u, 0x3C003C00;
+            mov.b32 v, 0xE408E408;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shr.u32 c, a, 4;
+            shr.u32 d, b, 4;
+            lop3.b32 a, a, 0x000F000F, 0x64086408, 0x6A;
+            lop3.b32 b, b, 0x000F000F, 0x64086408, 0x6A;
+            lop3.b32 c, c, 0x000F000F, 0x64086408, 0x6A;
+            lop3.b32 d, d, 0x000F000F, 0x64086408, 0x6A;
+            fma.rn.f16x2 $0, a, u, v;
+            fma.rn.f16x2 $1, b, u, v;
+            fma.rn.f16x2 $2, c, u, v;
+            fma.rn.f16x2 $3, d, u, v;
+            }""",
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        signed = packed.to(tl.int8, bitcast=True)
+        lo, hi = ((signed << 4) >> 4).to(dtype), (signed >> 4).to(dtype)
+    return lo, hi
+
+
+@triton.jit
 def split_kernel(
     x,
     channel_scale,
@@ -160,6 +223,7 @@ def attention_kernel(
     BN: tl.constexpr,
     BP: tl.constexpr,
     STARTS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Let BM rows (tokens times the G queries of a head) see one of SPLITS parts of the cache.
 
@@ -206,16 +270,12 @@ def attention_kernel(
     for n in range(begin, tl.minimum(last, i_s * part + part), BN):
         m_n = (n + o_n < last)[:, None]
         o_kv = base + (n + o_n[:, None]).to(tl.int64) * HALF + o_c[None, :]
-        b_k = tl.load(keys + o_kv, mask=m_n, other=0).to(tl.int8, bitcast=True)
-        k_lo = ((b_k << 4) >> 4).to(q_lo.dtype)
-        k_hi = (b_k >> 4).to(q_lo.dtype)
+        k_lo, k_hi = _halves(tl.load(keys + o_kv, mask=m_n, other=0), q_lo.dtype, ASM)
         scores = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee")
         scores = tl.dot(q_hi, tl.trans(k_hi), scores, input_precision="ieee") * b_ks
         seen = (n + o_n[None, :] <= row[:, None]) & (n + o_n[None, :] >= first)
         scores = tl.where(seen, scores, -float("inf"))
-        b_v = tl.load(values + o_kv, mask=m_n, other=0).to(tl.int8, bitcast=True)
-        v_lo = ((b_v << 4) >> 4).to(q_lo.dtype)
-        v_hi = (b_v >> 4).to(q_lo.dtype)
+        v_lo, v_hi = _halves(tl.load(values + o_kv, mask=m_n, other=0), q_lo.dtype, ASM)
         top, total, acc_lo, acc_hi = _absorb(scores, top, total, acc_lo, acc_hi, v_lo, v_hi)
     norm = b_vs / tl.where(total == 0.0, 1.0, total)
     batch = tl.num_programs(1) // H
@@ -344,6 +404,8 @@ def attention_triton(
     splits: int,
     out_scale: Tensor | None = None,
     out_bits: int = 4,
+    launch: dict[str, int] | None = None,
+    asm: bool = True,
 ) -> Tensor:
     """Do what the reference does, the cache cut into `splits` parts; query [B, H G, T, C], contiguous.
 
@@ -381,11 +443,10 @@ def attention_triton(
         G=groups,
         C=channels,
         BM=block,
-        BN=64,
         BP=max(16, triton.next_power_of_2(count)),
         STARTS=start is not None,
-        num_warps=4,
-        num_stages=3,
+        ASM=asm,
+        **(launch or {"BN": 64, "num_warps": 4, "num_stages": 3}),
     )
     if splits > 1:
         total = batch * tokens * heads

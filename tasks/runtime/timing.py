@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 
 def record(function: Callable[[], object], repeats: int = 1) -> torch.cuda.CUDAGraph:
@@ -54,8 +53,3 @@ def copy_rate() -> float:
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / (median_ms(lambda: target.copy_(source)) / 1e3)
-
-
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Return the norm of the difference over the norm of what was wanted."""
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
