@@ -103,7 +103,12 @@ class Training:
             inputs=inputs,
             byproducts={str(block): f"{product.name}[{block}]" for block in range(first, stop)},
             resources=replace(
-                COMPUTE, gang=Gang(batch=train.batch_size, shares=train.segments if task is TRAIN else 1)
+                COMPUTE,
+                gang=Gang(
+                    batch=train.batch_size,
+                    shares=train.segments if task is TRAIN else 1,
+                    sharding=train.sharding,
+                ),
             ),
         )
         yielded = [

@@ -28,6 +28,9 @@ class Gang:
     shares: int = 1
     """Such nodes that run at the same time, among which the GPUs are divided."""
 
+    sharding: str = "rows"
+    """How the processes divide what they train (`TrainConfig.sharding`)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:

@@ -215,7 +215,7 @@ class _Run:
     def submit(self, name: str) -> None:
         node = self.graph.nodes[name]
         cpus, gpus = self.session.fit(node.resources.cpus, node.resources.gpus)
-        later = self.decide_rest()
+        later, gang = self.decide_rest(), node.resources.gang
         byproducts = {
             label: Byproduct(
                 key=self.graph.key(product),
@@ -233,7 +233,8 @@ class _Run:
             input_keys=self.graph.input_keys(name),
             byproducts=byproducts,
             cpus=cpus,
-            mailbox=self.session.mailbox() if node.resources.gang is not None else None,
+            mailbox=self.session.mailbox() if gang is not None else None,
+            sharding="rows" if gang is None else gang.sharding,
         )
         ranks = self.num_ranks(node)
         if ranks > 1:

@@ -6,7 +6,8 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -128,13 +129,32 @@ class NodeCall:
     mailbox: Messages | None = None
     """Where to say how far the task is."""
 
+    sharding: str = "rows"
+    """How several processes divide what they train: `rows` (tasks/sharded_steps.py), or `zero` (DeepSpeed)."""
+
 
 def run_member(member: Membership, call: NodeCall) -> NodeResult:
     """Run the node on one of several processes that work on it together; rank 0 publishes."""
-    from prefixquant.cluster.deepspeed_ranks import join
-
-    with join(member, _device()) as ranks:
+    with _joined(member, call.sharding, _device()) as ranks:
         return run_node(call, ranks)
+
+
+@contextmanager
+def _joined(member: Membership, sharding: str, device: torch.device) -> Iterator[Ranks]:
+    """Give this process's place among those that train together."""
+    if sharding == "zero":
+        from prefixquant.cluster.deepspeed_ranks import join
+
+        with join(member, device) as zero:
+            yield zero
+        return
+    from prefixquant.cluster.process_group import process_group
+    from prefixquant.tasks.sharded_steps import ShardedRanks
+
+    with process_group(member, device):
+        rows = ShardedRanks()
+        yield rows
+        rows.close()
 
 
 def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | None = None) -> NodeResult:

@@ -27,9 +27,12 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 class ShardedRanks:
     """One of the processes of torch's default process group, which train together."""
 
-    def __init__(self, *, cuda_graph: bool = True) -> None:
-        """With `cuda_graph`, steps on a GPU are recorded once and replayed, except in fp16."""
-        self._cuda_graph = cuda_graph
+    def __init__(self, *, cuda_graph: bool = True, parts: int = 1) -> None:
+        """With `cuda_graph`, steps on a GPU are recorded once and replayed, except in fp16.
+
+        A rank's share of a batch passes in `parts`, one after the other, to save memory.
+        """
+        self._cuda_graph, self.parts = cuda_graph, parts
         self._stepper: ShardedStepper | None = None
 
     @property
@@ -56,7 +59,7 @@ class ShardedRanks:
             precision: bf16, fp16 or fp32, the autocast type around the forward.
         """
         self.close()
-        self._stepper = ShardedStepper(module, groups, gradient_clip, precision, self._cuda_graph)
+        self._stepper = ShardedStepper(module, groups, gradient_clip, precision, self._cuda_graph, self.parts)
         return self._stepper
 
     def mean(self, value: Tensor) -> Tensor:
@@ -89,10 +92,11 @@ class ShardedStepper(AdamWStepper):
         gradient_clip: float | None,
         precision: str,
         cuda_graph: bool,
+        passes: int,
     ) -> None:
         names = {name: each for name, each in module.named_parameters() if each.requires_grad}
         check_groups(names, groups, gradient_clip, precision)
-        self._module, self._size = module, dist.get_world_size()
+        self._module, self._size, self._passes = module, dist.get_world_size(), passes
         self._cuts = [_Cut(each) for each in module.modules() if isinstance(each, SiteLinear) and _divisible(each)]
         parts = {whole: part for cut in self._cuts for whole, part in cut.parts.items() if part.requires_grad}
         for each in module.parameters():
@@ -123,18 +127,24 @@ class ShardedStepper(AdamWStepper):
 
     def _gradients(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         self._optimizer.zero_grad(set_to_none=True)
-        with self._standing_in(), self._autocast():
+        with self._autocast():
             for cut in self._cuts:
                 cut.gather()
-            loss: Tensor = self._module(*batch)
-        share = loss / self._size
-        (share if self._scaler is None else self._scaler.scale(share)).backward()
+        share = torch.zeros((), device=self._device)
+        parts = list(zip(*(each.chunk(self._passes) for each in batch), strict=True))
+        for part in parts:
+            for cut in self._cuts:
+                cut.exchanges = part is parts[-1]  # until then gradients add up
+            with self._standing_in(), self._autocast():
+                loss: Tensor = self._module(*part) * (len(part[0]) / len(batch[0]) / self._size)
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            share += loss.detach()
         for cut in self._cuts:
             cut.finish()
         self._fill()
         owned = [part.grad for cut in self._cuts for part in cut.parts.values() if part.grad is not None]
-        square = nn.utils.get_total_norm(owned).square() if owned else loss.new_zeros(())
-        mean, square = self._reduce(share.detach().float(), square.float())
+        square = nn.utils.get_total_norm(owned).square() if owned else torch.zeros_like(share)
+        mean, square = self._reduce(share, square.float())
         norm = square.sqrt()
         if self._scaler is not None:
             norm = norm / self._scaler.get_scale()
@@ -213,6 +223,9 @@ class _Cut:
         self.parts |= {each: self._grid[name] for name, each in grid.items()}
         """What is trained here, by the whole parameter."""
 
+        self.exchanges = True
+        """Whether the gradient is complete with the present backward."""
+
     def gather(self) -> None:
         """Take the rows to their grid and begin to exchange them."""
         self._rows = self._quantized()
@@ -229,14 +242,15 @@ class _Cut:
 
     def gathered(self) -> Tensor:
         """Return the whole quantized weight [O, I]; the stream, not the host, waits for its arrival."""
-        with torch.no_grad():  # gloo copies into it only now
-            self._work.wait()
-        self._whole = self._whole.detach().requires_grad_()
-        self._whole.register_post_accumulate_grad_hook(self._scatter)
+        if not self._whole.requires_grad:
+            self._work.wait()  # gloo copies into it only now
+            self._whole.requires_grad_().register_post_accumulate_grad_hook(self._scatter)
         return self._whole
 
     def _scatter(self, whole: Tensor) -> None:
-        """Begin to send each rank the gradient of its rows."""
+        """Begin to send each rank the gradient of its rows, once it is complete."""
+        if not self.exchanges:
+            return
         assert whole.grad is not None
         self._sent, whole.grad = whole.grad.contiguous(), None
         self._received = torch.empty_like(self._sent)

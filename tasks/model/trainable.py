@@ -94,7 +94,7 @@ def make_trainable(
             device = linear.weight.device
             quantizer = WeightQuantizer(spec, grid.scale.to(device), grid.zero_point.to(device))
             linear.weight_quantizer = quantizer
-            step = float(quantizer.scale.mean())
+            step = float(grid.scale.mean())
             found.append(Trainable(f"{role}.scale", quantizer.scale, False, step))
             if not spec.symmetric:
                 assert isinstance(quantizer.zero_point, nn.Parameter)
@@ -103,7 +103,7 @@ def make_trainable(
     for role in (block.family.norm1, block.family.norm2):
         norm: Any = block.layer.get_submodule(role)
         norm.weight = gain = nn.Parameter(norm.weight.detach().clone())
-        found.append(Trainable(f"{role}.weight", gain, True, float(gain.abs().mean()) / 8))
+        found.append(Trainable(f"{role}.weight", gain, True, float(gain.detach().abs().mean()) / 8))
     for name, site in block.sites.items():
         quantizer_ = site.quantizer
         if quantizer_ is None:
