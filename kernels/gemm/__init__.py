@@ -1,12 +1,10 @@
 """Linear layers on integer codes: W4A4 through fp8 or int8, W4A8 through int8, W4A16."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefixquant.kernels.dispatch import uses_triton
 from prefixquant.kernels.errors import KernelInputError
 
 from .reference import add_channels_reference, linear_reference
@@ -66,7 +64,7 @@ def _linear(
     added: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not (x.is_cuda and _has_triton()):
+    if not uses_triton(x):
         return linear_reference(x, x_scale, weight, weight_scale, bias, added, dtype)
     rows = x.view(-1, x.shape[-1])
     more = None if added is None else added.view(len(rows), -1)
@@ -143,7 +141,7 @@ def quantized_products(x: Tensor, x_scale: Tensor, weight: Tensor, *, dtype: tor
 @torch.library.custom_op("prefixquant::products", mutates_args=())
 def _products(x: Tensor, x_scale: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     one = torch.ones((), device=x.device)
-    if not (x.is_cuda and _has_triton()):
+    if not uses_triton(x):
         return linear_reference(x, x_scale, weight, one.expand(weight.shape[0]), None, None, dtype)
     from .many_rows import unpack
 
@@ -188,7 +186,7 @@ def add_channels(added: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 @torch.library.custom_op("prefixquant::add_channels", mutates_args=())
 def _add_channels(added: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    if not (y.is_cuda and _has_triton()):
+    if not uses_triton(y):
         return add_channels_reference(added, y, scale)
     from .many_rows import add_channels_triton
 
@@ -231,8 +229,3 @@ def _check_together(name: str, x: Tensor, **others: Tensor | None) -> None:
             raise KernelInputError(f"{name} needs one device, got x on {x.device}, {key} on {each.device}")
         if each is not None and not each.is_contiguous():
             raise KernelInputError(f"{name} needs contiguous tensors; {key} has strides {each.stride()}")
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -1,11 +1,9 @@
 """Orthonormal Hadamard transform of the last axis, perhaps fused with what stands around it in a model."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from prefixquant.kernels.dispatch import uses_triton
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.quantize.reference import STORAGE
 
@@ -114,7 +112,7 @@ def _(
 
 
 def _fits_kernel(x: Tensor) -> bool:
-    if not (x.is_cuda and _has_triton()):
+    if not uses_triton(x):
         return False
     from .kernel import fits
 
@@ -161,8 +159,3 @@ def _check(
                 f"{name} must be a float32 scalar on {x.device}, "
                 f"got {tuple(value.shape)} {value.dtype} on {value.device}"
             )
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -1,11 +1,9 @@
 """Keys and values as packed 4-bit codes, and attention over them behind a full-precision prefix."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from prefixquant.kernels.dispatch import uses_triton
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.quantize import quantize
 
@@ -118,7 +116,7 @@ def _split_heads(
 ) -> Tensor:
     gains = None if query_gain is None or key_gain is None else (query_gain, key_gain)
     arguments = (x, channel_scale, gains, eps, cos, sin, hadamard, (key_scale, value_scale), (keys, values), place)
-    if not _on_gpu(x):
+    if not uses_triton(x):
         return split_reference(*arguments)
     from .kernel import split_triton
 
@@ -260,7 +258,7 @@ def _kv_attention(
 ) -> Tensor:
     prefix = None if prefix_keys is None or prefix_values is None else (prefix_keys, prefix_values)
     arguments = (query, keys, values, key_scale, value_scale, length, start, prefix, scaling)
-    if not _on_gpu(query):
+    if not uses_triton(query):
         y = attention_reference(*arguments).contiguous()
     elif query.shape[2] >= FLASH_TOKENS and filled is not None and start is None and query.dtype != torch.float32:
         y = _flash(query, (keys, values), (key_scale, value_scale), filled, prefix, scaling)
@@ -337,12 +335,3 @@ def _check_devices(x: Tensor, **others: Tensor | None) -> None:
     for name, each in others.items():
         if each is not None and each.device != x.device:
             raise KernelInputError(f"one device is needed, got {x.device} and {name} on {each.device}")
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
