@@ -78,10 +78,10 @@ def split_heads(
             or table.shape[1:] != (tokens, channels)
             or table.dtype != x.dtype
             or table.stride(-1) != 1
-            or table.stride() != cos.stride()
+            or (table.shape, table.stride()) != (cos.shape, cos.stride())
         ):
             raise KernelInputError(
-                f"cos and sin must be [{batch} or 1, {tokens}, {channels}] {x.dtype} with the same strides, got "
+                f"cos and sin must be alike, [{batch} or 1, {tokens}, {channels}] {x.dtype}, got "
                 f"{tuple(table.shape)} {table.dtype} with strides {table.stride()}"
             )
     if channel_scale is not None and (channel_scale.shape != (width,) or channel_scale.dtype != torch.float32):
