@@ -59,9 +59,9 @@ def split_heads(
         )
     batch, tokens, width = x.shape
     kv_heads, channels = caches[0].shape[1], 2 * caches[0].shape[3]
-    if channels not in (16, 32, 64, 128) or width % channels or width // channels <= 2 * kv_heads:
+    if not _has_heads(channels, x) or width % channels or width // channels <= 2 * kv_heads:
         raise KernelInputError(
-            f"split_heads needs heads of 16, 32, 64 or 128 channels, more than {2 * kv_heads} of them, "
+            f"split_heads needs heads of 32, 64 or 128 channels (on the CPU 16 as well), more than {2 * kv_heads} of them, "
             f"got {width} channels and caches {tuple(caches[0].shape)}"
         )
     for packed, scale in zip(caches, scales, strict=True):
@@ -166,7 +166,8 @@ def kv_attention(
     from `start` to its own. A query before its `start` (padding) sees the prefix alone.
 
     Args:
-        query: [B, heads, T, C], contiguous, float32, bfloat16 or float16; C 64 or 128.
+        query: [B, heads, T, C], contiguous, float32, bfloat16 or float16; C 32, 64 or 128, on the
+            CPU 16 as well.
         keys: uint8 [B, H, S, C / 2] (`kernels.int4`), those of the T tokens included; heads a multiple of H.
         values: likewise.
         key_scale: float32 [H].
@@ -191,10 +192,10 @@ def kv_attention(
         )
     batch, heads, tokens, channels = query.shape
     kv_heads = keys.shape[1] if keys.ndim == 4 else 0
-    if channels not in (16, 32, 64, 128) or not kv_heads or heads % kv_heads or keys.shape != values.shape:
+    if not _has_heads(channels, query) or not kv_heads or heads % kv_heads or keys.shape != values.shape:
         raise KernelInputError(
-            f"kv_attention needs heads of 16, 32, 64 or 128 channels and keys and values alike, their heads dividing "
-            f"the query's; got query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
+            f"kv_attention needs heads of 32, 64 or 128 channels (on the CPU 16 as well) and keys and values alike, "
+            f"their heads dividing the query's; got query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
         )
     for packed in (keys, values):
         _check_cache(packed, batch, kv_heads, channels)
@@ -315,6 +316,11 @@ def _(
 ) -> Tensor:
     batch, heads, tokens, channels = query.shape
     return query.new_empty(batch, tokens, heads, channels, dtype=query.dtype if out_scale is None else torch.int8)
+
+
+def _has_heads(channels: int, x: Tensor) -> bool:
+    """Return whether heads so large run where x is: tensor cores add at least 16 products, half a head's."""
+    return channels in (32, 64, 128) or (channels == 16 and not x.is_cuda)
 
 
 def _check_cache(packed: Tensor, batch: int, heads: int, channels: int) -> None:
