@@ -66,8 +66,7 @@ def split_heads(
         )
     for packed, scale in zip(caches, scales, strict=True):
         _check_cache(packed, batch, kv_heads, channels)
-        if scale.shape != (kv_heads,) or scale.dtype != torch.float32:
-            raise KernelInputError(f"scales must be float32 [{kv_heads}], got {tuple(scale.shape)} {scale.dtype}")
+        _check_vector("scales", scale, kv_heads, torch.float32)
         _check_devices(x, cache=packed, scale=scale)
     if caches[0].shape != caches[1].shape:
         raise KernelInputError(f"caches must be alike, got {tuple(caches[0].shape)} and {tuple(caches[1].shape)}")
@@ -84,14 +83,12 @@ def split_heads(
                 f"cos and sin must be alike, [{batch} or 1, {tokens}, {channels}] {x.dtype}, got "
                 f"{tuple(table.shape)} {table.dtype} with strides {table.stride()}"
             )
-    if channel_scale is not None and (channel_scale.shape != (width,) or channel_scale.dtype != torch.float32):
-        raise KernelInputError(
-            f"channel_scale must be float32 [{width}], got {tuple(channel_scale.shape)} {channel_scale.dtype}"
-        )
+    if channel_scale is not None:
+        _check_vector("channel_scale", channel_scale, width, torch.float32)
     for gain in gains or ():
-        if gain.shape != (channels,) or gain.dtype != x.dtype:
-            raise KernelInputError(f"gains must be {x.dtype} [{channels}], got {tuple(gain.shape)} {gain.dtype}")
-    _check_counter(place, "place", 1)
+        _check_vector("gains", gain, channels, x.dtype)
+        _check_devices(x, gain=gain)
+    _check_vector("place", place, 1, torch.int32)
     _check_devices(x, cos=cos, sin=sin, place=place, channel_scale=channel_scale)
     first, second = gains or (None, None)
     y: Tensor = _split_heads(x, channel_scale, first, second, eps, cos, sin, hadamard, *scales, *caches, place)
@@ -200,11 +197,10 @@ def kv_attention(
     for packed in (keys, values):
         _check_cache(packed, batch, kv_heads, channels)
     for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
-        if scale.shape != (kv_heads,) or scale.dtype != torch.float32:
-            raise KernelInputError(f"{name} must be float32 [{kv_heads}], got {tuple(scale.shape)} {scale.dtype}")
-    _check_counter(length, "length", 1)
+        _check_vector(name, scale, kv_heads, torch.float32)
+    _check_vector("length", length, 1, torch.int32)
     if start is not None:
-        _check_counter(start, "start", batch)
+        _check_vector("start", start, batch, torch.int32)
     if tokens > keys.shape[2]:
         raise KernelInputError(f"the cache has {keys.shape[2]} places, fewer than the {tokens} queries")
     for part in prefix or ():
@@ -214,6 +210,7 @@ def kv_attention(
             )
         if not part.is_contiguous():
             raise KernelInputError("the prefix must be contiguous")
+        _check_devices(query, prefix=part)
     if splits < 1:
         raise KernelInputError(f"splits must be at least 1, got {splits}")
     if out_scale is not None and (out_scale.shape != () or out_scale.dtype != torch.float32 or out_bits not in (4, 8)):
@@ -230,6 +227,7 @@ def kv_attention(
         key_scale=key_scale,
         value_scale=value_scale,
         length=length,
+        start=start,
         out_scale=out_scale,
     )
     first, second = prefix or (None, None)
@@ -332,9 +330,12 @@ def _check_cache(packed: Tensor, batch: int, heads: int, channels: int) -> None:
         )
 
 
-def _check_counter(value: Tensor, name: str, count: int) -> None:
-    if value.dtype != torch.int32 or value.shape != (count,):
-        raise KernelInputError(f"{name} must be int32 [{count}], got {tuple(value.shape)} {value.dtype}")
+def _check_vector(name: str, value: Tensor, count: int, dtype: torch.dtype) -> None:
+    if value.dtype != dtype or value.shape != (count,) or not value.is_contiguous():
+        raise KernelInputError(
+            f"{name} must be contiguous {str(dtype).removeprefix('torch.')} [{count}], got {tuple(value.shape)} "
+            f"{value.dtype} with strides {value.stride()}"
+        )
 
 
 def _check_devices(x: Tensor, **others: Tensor | None) -> None:
