@@ -58,18 +58,21 @@ def split_heads(
             f"{x.dtype} with strides {x.stride()}"
         )
     batch, tokens, width = x.shape
+    if caches[0].ndim != 4 or caches[0].shape != caches[1].shape:
+        raise KernelInputError(
+            f"caches must be alike, [{batch}, heads, places, C / 2], got {tuple(caches[0].shape)} and "
+            f"{tuple(caches[1].shape)}"
+        )
     kv_heads, channels = caches[0].shape[1], 2 * caches[0].shape[3]
     if not _has_heads(channels, x) or width % channels or width // channels <= 2 * kv_heads:
         raise KernelInputError(
-            f"split_heads needs heads of 32, 64 or 128 channels (on the CPU 16 as well), more than {2 * kv_heads} of them, "
-            f"got {width} channels and caches {tuple(caches[0].shape)}"
+            f"split_heads needs heads of 32, 64 or 128 channels (on the CPU 16 as well), more than {2 * kv_heads} of "
+            f"them, got {width} channels and caches {tuple(caches[0].shape)}"
         )
     for packed, scale in zip(caches, scales, strict=True):
         _check_cache(packed, batch, kv_heads, channels)
         _check_vector("scales", scale, kv_heads, torch.float32)
         _check_devices(x, cache=packed, scale=scale)
-    if caches[0].shape != caches[1].shape:
-        raise KernelInputError(f"caches must be alike, got {tuple(caches[0].shape)} and {tuple(caches[1].shape)}")
     for table in (cos, sin):
         if (
             table.ndim != 3
@@ -163,8 +166,8 @@ def kv_attention(
     from `start` to its own. A query before its `start` (padding) sees the prefix alone.
 
     Args:
-        query: [B, heads, T, C], contiguous, float32, bfloat16 or float16; C 32, 64 or 128, on the
-            CPU 16 as well.
+        query: [B, heads, T, C], contiguous, float32, bfloat16 or float16; C 32, 64 or 128 (on the CPU 16
+            as well).
         keys: uint8 [B, H, S, C / 2] (`kernels.int4`), those of the T tokens included; heads a multiple of H.
         values: likewise.
         key_scale: float32 [H].
@@ -192,7 +195,8 @@ def kv_attention(
     if not _has_heads(channels, query) or not kv_heads or heads % kv_heads or keys.shape != values.shape:
         raise KernelInputError(
             f"kv_attention needs heads of 32, 64 or 128 channels (on the CPU 16 as well) and keys and values alike, "
-            f"their heads dividing the query's; got query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
+            f"their heads dividing the query's; got query {tuple(query.shape)}, keys {tuple(keys.shape)}, values "
+            f"{tuple(values.shape)}"
         )
     for packed in (keys, values):
         _check_cache(packed, batch, kv_heads, channels)
@@ -211,6 +215,10 @@ def kv_attention(
         if not part.is_contiguous():
             raise KernelInputError("the prefix must be contiguous")
         _check_devices(query, prefix=part)
+    if prefix is not None and prefix[0].shape != prefix[1].shape:
+        raise KernelInputError(
+            f"the prefix needs as many keys as values, got {tuple(prefix[0].shape)} and {tuple(prefix[1].shape)}"
+        )
     if splits < 1:
         raise KernelInputError(f"splits must be at least 1, got {splits}")
     if out_scale is not None and (out_scale.shape != () or out_scale.dtype != torch.float32 or out_bits not in (4, 8)):
