@@ -1,28 +1,33 @@
-"""Whether an operator runs as a Triton kernel or as its PyTorch reference."""
+"""Which of an operator's two versions runs: the Triton kernel on a GPU, elsewhere the PyTorch reference."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
 
-_forced: list[None] = []
+_REFERENCES: ContextVar[bool] = ContextVar("references", default=False)
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Return whether an operator on x runs as a kernel: x is on a GPU, and Triton is there and not switched off."""
-    return x.is_cuda and not _forced and _has_triton()
+    """Return whether operators on x run as Triton kernels: x is on a GPU, Triton is installed, and no `references()`
+    is around."""
+    return x.is_cuda and not _REFERENCES.get() and _has_triton()
 
 
 @contextmanager
 def references() -> Iterator[None]:
-    """Run every operator's PyTorch reference inside, also on a GPU, to check results against."""
-    _forced.append(None)
+    """Have operators run their PyTorch references on every device, to check the kernels against them.
+
+    It holds for this thread; a CUDA graph recorded before replays the kernels it was recorded with.
+    """
+    token = _REFERENCES.set(True)
     try:
         yield
     finally:
-        _forced.pop()
+        _REFERENCES.reset(token)
 
 
 @cache

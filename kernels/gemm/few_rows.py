@@ -164,7 +164,7 @@ def rows_kernel(
     o_k = tl.arange(0, BK)
     m_n, m_m = o_n < N, o_m < M
     p_w = weight + o_n.to(tl.int64)[:, None] * HALF
-    p_x = x + o_m[None, :] * (2 * HALF)
+    p_x = x + o_m.to(tl.int64)[None, :] * (2 * HALF)
     total = tl.zeros((BN, BM), dtype=tl.int32)
     codes = tl.zeros((BM,), dtype=tl.int32)
     part = tl.cdiv(tl.cdiv(HALF, BK), SPLITS) * BK

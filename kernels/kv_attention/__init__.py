@@ -58,19 +58,21 @@ def split_heads(
             f"{x.dtype} with strides {x.stride()}"
         )
     batch, tokens, width = x.shape
-    kv_heads, channels = caches[0].shape[1], 2 * caches[0].shape[3]
-    if channels not in (16, 32, 64, 128) or width % channels or width // channels <= 2 * kv_heads:
+    if caches[0].ndim != 4 or caches[0].shape != caches[1].shape:
         raise KernelInputError(
-            f"split_heads needs heads of 16, 32, 64 or 128 channels, more than {2 * kv_heads} of them, "
-            f"got {width} channels and caches {tuple(caches[0].shape)}"
+            f"caches must be alike, [{batch}, heads, places, C / 2], got {tuple(caches[0].shape)} and "
+            f"{tuple(caches[1].shape)}"
+        )
+    kv_heads, channels = caches[0].shape[1], 2 * caches[0].shape[3]
+    if not _has_heads(channels, x) or width % channels or width // channels <= 2 * kv_heads:
+        raise KernelInputError(
+            f"split_heads needs heads of 32, 64 or 128 channels (on the CPU 16 as well), more than {2 * kv_heads} of "
+            f"them, got {width} channels and caches {tuple(caches[0].shape)}"
         )
     for packed, scale in zip(caches, scales, strict=True):
         _check_cache(packed, batch, kv_heads, channels)
-        if scale.shape != (kv_heads,) or scale.dtype != torch.float32:
-            raise KernelInputError(f"scales must be float32 [{kv_heads}], got {tuple(scale.shape)} {scale.dtype}")
+        _check_vector("scales", scale, kv_heads, torch.float32)
         _check_devices(x, cache=packed, scale=scale)
-    if caches[0].shape != caches[1].shape:
-        raise KernelInputError(f"caches must be alike, got {tuple(caches[0].shape)} and {tuple(caches[1].shape)}")
     for table in (cos, sin):
         if (
             table.ndim != 3
@@ -78,20 +80,18 @@ def split_heads(
             or table.shape[1:] != (tokens, channels)
             or table.dtype != x.dtype
             or table.stride(-1) != 1
-            or table.stride() != cos.stride()
+            or (table.shape, table.stride()) != (cos.shape, cos.stride())
         ):
             raise KernelInputError(
-                f"cos and sin must be [{batch} or 1, {tokens}, {channels}] {x.dtype} with the same strides, got "
+                f"cos and sin must be alike, [{batch} or 1, {tokens}, {channels}] {x.dtype}, got "
                 f"{tuple(table.shape)} {table.dtype} with strides {table.stride()}"
             )
-    if channel_scale is not None and (channel_scale.shape != (width,) or channel_scale.dtype != torch.float32):
-        raise KernelInputError(
-            f"channel_scale must be float32 [{width}], got {tuple(channel_scale.shape)} {channel_scale.dtype}"
-        )
+    if channel_scale is not None:
+        _check_vector("channel_scale", channel_scale, width, torch.float32)
     for gain in gains or ():
-        if gain.shape != (channels,) or gain.dtype != x.dtype:
-            raise KernelInputError(f"gains must be {x.dtype} [{channels}], got {tuple(gain.shape)} {gain.dtype}")
-    _check_counter(place, "place", 1)
+        _check_vector("gains", gain, channels, x.dtype)
+        _check_devices(x, gain=gain)
+    _check_vector("place", place, 1, torch.int32)
     _check_devices(x, cos=cos, sin=sin, place=place, channel_scale=channel_scale)
     first, second = gains or (None, None)
     y: Tensor = _split_heads(x, channel_scale, first, second, eps, cos, sin, hadamard, *scales, *caches, place)
@@ -166,7 +166,8 @@ def kv_attention(
     from `start` to its own. A query before its `start` (padding) sees the prefix alone.
 
     Args:
-        query: [B, heads, T, C], contiguous, float32, bfloat16 or float16; C 64 or 128.
+        query: [B, heads, T, C], contiguous, float32, bfloat16 or float16; C 32, 64 or 128 (on the CPU 16
+            as well).
         keys: uint8 [B, H, S, C / 2] (`kernels.int4`), those of the T tokens included; heads a multiple of H.
         values: likewise.
         key_scale: float32 [H].
@@ -191,19 +192,19 @@ def kv_attention(
         )
     batch, heads, tokens, channels = query.shape
     kv_heads = keys.shape[1] if keys.ndim == 4 else 0
-    if channels not in (16, 32, 64, 128) or not kv_heads or heads % kv_heads or keys.shape != values.shape:
+    if not _has_heads(channels, query) or not kv_heads or heads % kv_heads or keys.shape != values.shape:
         raise KernelInputError(
-            f"kv_attention needs heads of 16, 32, 64 or 128 channels and keys and values alike, their heads dividing "
-            f"the query's; got query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
+            f"kv_attention needs heads of 32, 64 or 128 channels (on the CPU 16 as well) and keys and values alike, "
+            f"their heads dividing the query's; got query {tuple(query.shape)}, keys {tuple(keys.shape)}, values "
+            f"{tuple(values.shape)}"
         )
     for packed in (keys, values):
         _check_cache(packed, batch, kv_heads, channels)
     for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
-        if scale.shape != (kv_heads,) or scale.dtype != torch.float32:
-            raise KernelInputError(f"{name} must be float32 [{kv_heads}], got {tuple(scale.shape)} {scale.dtype}")
-    _check_counter(length, "length", 1)
+        _check_vector(name, scale, kv_heads, torch.float32)
+    _check_vector("length", length, 1, torch.int32)
     if start is not None:
-        _check_counter(start, "start", batch)
+        _check_vector("start", start, batch, torch.int32)
     if tokens > keys.shape[2]:
         raise KernelInputError(f"the cache has {keys.shape[2]} places, fewer than the {tokens} queries")
     for part in prefix or ():
@@ -213,6 +214,11 @@ def kv_attention(
             )
         if not part.is_contiguous():
             raise KernelInputError("the prefix must be contiguous")
+        _check_devices(query, prefix=part)
+    if prefix is not None and prefix[0].shape != prefix[1].shape:
+        raise KernelInputError(
+            f"the prefix needs as many keys as values, got {tuple(prefix[0].shape)} and {tuple(prefix[1].shape)}"
+        )
     if splits < 1:
         raise KernelInputError(f"splits must be at least 1, got {splits}")
     if out_scale is not None and (out_scale.shape != () or out_scale.dtype != torch.float32 or out_bits not in (4, 8)):
@@ -229,6 +235,7 @@ def kv_attention(
         key_scale=key_scale,
         value_scale=value_scale,
         length=length,
+        start=start,
         out_scale=out_scale,
     )
     first, second = prefix or (None, None)
@@ -317,6 +324,11 @@ def _(
     return query.new_empty(batch, tokens, heads, channels, dtype=query.dtype if out_scale is None else torch.int8)
 
 
+def _has_heads(channels: int, x: Tensor) -> bool:
+    """Return whether heads so large run where x is: tensor cores add at least 16 products, half a head's."""
+    return channels in (32, 64, 128) or (channels == 16 and not x.is_cuda)
+
+
 def _check_cache(packed: Tensor, batch: int, heads: int, channels: int) -> None:
     wanted = (batch, heads, channels // 2)
     if packed.dtype != torch.uint8 or (*packed.shape[:2], packed.shape[-1]) != wanted or not packed.is_contiguous():
@@ -326,9 +338,12 @@ def _check_cache(packed: Tensor, batch: int, heads: int, channels: int) -> None:
         )
 
 
-def _check_counter(value: Tensor, name: str, count: int) -> None:
-    if value.dtype != torch.int32 or value.shape != (count,):
-        raise KernelInputError(f"{name} must be int32 [{count}], got {tuple(value.shape)} {value.dtype}")
+def _check_vector(name: str, value: Tensor, count: int, dtype: torch.dtype) -> None:
+    if value.dtype != dtype or value.shape != (count,) or not value.is_contiguous():
+        raise KernelInputError(
+            f"{name} must be contiguous {str(dtype).removeprefix('torch.')} [{count}], got {tuple(value.shape)} "
+            f"{value.dtype} with strides {value.stride()}"
+        )
 
 
 def _check_devices(x: Tensor, **others: Tensor | None) -> None:

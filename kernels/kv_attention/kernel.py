@@ -366,6 +366,7 @@ def split_triton(
         C=channels,
         BT=block,
         num_warps=4,
+        enable_fp_fusion=False,  # a product fused with a sum would not be rounded
     )
     return query
 
