@@ -7,7 +7,7 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
-from prefixquant.pipeline.keys import node_key
+from prefixquant.pipeline.keys import node_key, plain_config
 from prefixquant.tasks.errors import PrefixQuantError
 
 if TYPE_CHECKING:  # a graph is planned without importing torch
@@ -104,6 +104,11 @@ class Node:
 
     estimate: Estimate | None = None
     """What it should cost, where known."""
+
+    def meta(self) -> dict[str, Any]:
+        """Return what the manifest of its artifact says of it."""
+        plain = plain_config(self.config)
+        return {"task": self.task.name, "version": self.task.version, "config": plain, "node": self.name}
 
 
 class Graph:

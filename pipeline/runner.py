@@ -8,14 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactMissing, ResourceError, StoreUnwritable
 from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.graph import Graph, Node
-from prefixquant.pipeline.keys import plain_config
 from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
 from prefixquant.pipeline.worker import NodeCall, NodeResult, run_member, run_node
 from prefixquant.tasks.errors import CheckpointError, ConfigError, DataError, NumericalError, UnsupportedModelError
@@ -220,7 +219,7 @@ class _Run:
         byproducts = {
             label: Byproduct(
                 key=self.graph.key(product),
-                meta=_meta(self.graph.nodes[product]),
+                meta=self.graph.nodes[product].meta(),
                 wanted=later[product] in ("yielded", "run"),
             )
             for label, product in node.byproducts.items()
@@ -377,16 +376,6 @@ class _Run:
         task = self.graph.nodes[name].task.name
         seconds = time.monotonic() - self.start
         self.on_event(Event(kind, name, task, seconds, result, message, metrics or {}, step))
-
-
-def _meta(node: Node) -> dict[str, Any]:
-    """Return what the manifest of a byproduct says of its node."""
-    return {
-        "task": node.task.name,
-        "version": node.task.version,
-        "config": plain_config(node.config),
-        "node": node.name,
-    }
 
 
 def _advice(err: Exception) -> str:

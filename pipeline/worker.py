@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from prefixquant.cluster.mailbox import Mailbox
 from prefixquant.cluster.ray_session import assigned_gpus
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.cluster.worker_group import Membership
@@ -99,6 +98,16 @@ class NodeResult:
     """Labels of its byproducts that are in the store."""
 
 
+class Messages(Protocol):
+    """Takes what a task says while it is under way: the mailbox of a run on Ray, for one."""
+
+    def put(self, message: dict[str, Any]) -> None:
+        """Take a message, without waiting."""
+
+    def flush(self) -> object:
+        """Wait until all messages have gone."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeCall:
     """Everything a worker needs to run one node; small, since artifacts go by key."""
@@ -117,7 +126,7 @@ class NodeCall:
     cpus: int
     """Torch threads."""
 
-    mailbox: Mailbox | None = None
+    mailbox: Messages | None = None
     """Where to say how far the task is."""
 
     sharding: str = "rows"
@@ -148,15 +157,16 @@ def _joined(member: Membership, sharding: str, device: torch.device) -> Iterator
         rows.close()
 
 
-def run_node(call: NodeCall, ranks: Ranks | None = None) -> NodeResult:
+def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | None = None) -> NodeResult:
     """Run the task, publish its artifact and then its byproducts, and return what it cost.
 
-    `ranks`: the processes that run it together; None: it is this one.
+    `ranks`: the processes that run it together; None: it is this one. `device`: where; None: the GPU that Ray has
+    assigned, or the CPU.
 
     Raises what the task raises, ArtifactMissing or ArtifactCorrupted for an input, StoreUnwritable.
     """
     _freeze_imports()
-    device = _device()
+    device = device or _device()
     torch.set_num_threads(call.cpus)
     _reset_peaks(device)
     try:

@@ -102,8 +102,18 @@ def hadamard_transform_reference(x: Tensor) -> Tensor:
 
 
 def hadamard_quantize_reference(
-    x: Tensor, up: Tensor | None, scale: Tensor | None, clip_ratio: Tensor | None, bits: int, layout: str
+    x: Tensor,
+    up: Tensor | None,
+    scale: Tensor | None,
+    clip_ratio: Tensor | None,
+    channel_scale: Tensor | None,
+    bits: int,
+    layout: str,
 ) -> tuple[Tensor, Tensor]:
     """Return codes and scale as `hadamard_quantize` does."""
+    if channel_scale is not None:
+        n = x.shape[-1]
+        x = (x.float() * channel_scale[:n]).to(x.dtype)
+        up = None if up is None else (up.float() * channel_scale[n:]).to(up.dtype)
     transformed = hadamard_transform_reference(x if up is None else F.silu(x) * up)
     return quantize_reference(transformed, scale, clip_ratio, None, 0.0, bits, layout)

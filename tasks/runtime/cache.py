@@ -72,6 +72,10 @@ class PackedCache(Cache):
         """Places filled once they are in."""
         self.start: Tensor | None = None
         """int32 [B]: the first place of each sequence that is no padding; None: 0."""
+        self.decode_graph: Any = None
+        """The recorded step of one more token, if there is one (`runtime.decode`)."""
+        self.stepped_at = -1
+        """The number of places when such a step last ran without being recorded."""
         super().__init__(layers=[PackedLayer(self, heads, channels) for _ in range(blocks)])
 
     @property
@@ -79,10 +83,15 @@ class PackedCache(Cache):
         """How many places there are."""
         return int(self.layers[0].keys.shape[2])
 
+    def has_room(self, tokens: int) -> bool:
+        """Return whether so many more tokens fit without growing."""
+        return self.filled + tokens <= self.places
+
     def reserve(self, places: int) -> None:
-        """Have at least so many places."""
+        """Have at least so many places; one that grows a second time doubles, since a recorded step goes with it."""
         if places > self.places:
-            rounded = -(-places // GROWTH) * GROWTH
+            wanted = max(places, 2 * self.places) if self.decode_graph is not None else places
+            rounded = -(-wanted // GROWTH) * GROWTH
             for layer in self.layers:
                 layer.grow(rounded)
 
