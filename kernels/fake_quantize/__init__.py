@@ -74,7 +74,7 @@ def _fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype
 ) -> Tensor:
     if not _uses_triton(x):
-        return forward_reference(x, scale, zero_point, low, high, dtype)
+        return forward_reference(x, scale, zero_point, low, high, dtype).contiguous()
     from .kernel import forward_triton
 
     rows, scales, zeros = _rows(x, scale, zero_point)
@@ -117,7 +117,7 @@ def _fake_quantize_backward(
         dscale, dzero = (_folded(each, x, scale) for each in (dscale, dzero))
     wanted = (needs_x, needs_grid, needs_grid and zero_point is not None)
     dx, dscale, dzero = (
-        each if each is not None and needed else like.new_empty(0)
+        each.contiguous() if each is not None and needed else like.new_empty(0)
         for each, needed, like in zip((dx, dscale, dzero), wanted, (x, scale, scale), strict=True)
     )
     return dx, dscale, dzero

@@ -90,14 +90,19 @@ def hadamard_matrix(factors: tuple[int, ...], dtype: torch.dtype, device: torch.
     return matrix.to(dtype=dtype, device=device)
 
 
-def hadamard_transform_reference(x: Tensor) -> Tensor:
-    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size; same shape and dtype as x."""
+def hadamard_transform_reference(x: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size, or x @ H^T; same shape and dtype."""
     shape = x.shape
     *first, last = hadamard_axes(shape[-1])
-    y = x.reshape(-1, math.prod(last)) @ hadamard_matrix(last, x.dtype, x.device)
+    matrix = hadamard_matrix(last, x.dtype, x.device)
+    y = x.reshape(-1, math.prod(last)) @ (matrix.T if transposed else matrix)
     for factors in first:  # y[..., i, rest] -> sum_i matrix[i, j] y[..., i, rest]
         order = math.prod(factors)
-        y = hadamard_matrix(factors, x.dtype, x.device).T @ y.reshape(-1, order, shape[-1] // order)
+        y = y.reshape(-1, order, shape[-1] // order)
+        matrix = hadamard_matrix(factors, x.dtype, x.device)
+        left = matrix if transposed else matrix.T
+        # matmul would transpose y twice in memory to make one product of it, which on a GPU costs more than it brings
+        y = torch.bmm(left.expand(len(y), order, order), y) if y.is_cuda else left @ y
     return y.reshape(shape)
 
 
