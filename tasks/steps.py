@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from prefixquant.kernels.adamw import total_norm
+from prefixquant.tasks.adamw import AdamW
 from prefixquant.tasks.errors import CheckpointError, ConfigError
 from prefixquant.tasks.parallel import ParameterGroup
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _WARM_UP_STEPS = 3
 
 
@@ -62,32 +63,16 @@ class SingleStepper:
         self._module, self._gradient_clip, self._dtype = module, gradient_clip, _AUTOCAST[precision]
         self._parameters = list(self._names)
         self._device = self._parameters[0].device
-        on_gpu = self._device.type == "cuda"
-        self._graphed = cuda_graph and on_gpu and precision != "fp16"  # the loss scale is for the host to decide
+        # The loss scale of fp16 is for the host to decide.
+        self._graphed = cuda_graph and self._device.type == "cuda" and precision != "fp16"
         self._scaler = torch.amp.GradScaler(self._device.type) if precision == "fp16" else None
-        self._fused = on_gpu and precision != "fp16"  # whose scaler uses the same place
-        self._rates = torch.zeros(len(groups), device=self._device)
-        self._optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": group.parameters,
-                    "weight_decay": group.weight_decay,
-                    "lr": self._rates[index] if on_gpu else 0.0,  # on the device, where a graph reads it
-                }
-                for index, group in enumerate(groups)
-            ],
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            fused=on_gpu,
-            capturable=self._graphed,
-        )
-        for each in self._parameters:
-            step = torch.zeros((), device=self._device if on_gpu else "cpu")
-            moments = {name: torch.zeros_like(each, requires_grad=False) for name in _MOMENTS}
-            self._optimizer.state[each] = {"step": step} | moments
+        if self._scaler is None:
+            for each in self._parameters:  # a gradient may keep the type of the product that made it
+                each.grad_dtype = None
+        self._optimizer = AdamW(groups, self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: tuple[Tensor, ...] = ()
-        self._result: tuple[Tensor, Tensor] = (self._rates, self._rates)
+        self._result: tuple[Tensor, Tensor] = (self._optimizer.count, self._optimizer.count)
 
     def step(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step.
@@ -129,12 +114,10 @@ class SingleStepper:
         for each in self._parameters:
             if each.grad is None:  # no part in the loss
                 each.grad = torch.zeros_like(each, requires_grad=False)
-        norm = nn.utils.get_total_norm([each.grad for each in self._parameters if each.grad is not None])
-        if self._gradient_clip is not None and self._fused:
-            # The fused update divides by it as it reads the gradient, which saves a pass over all of them.
-            self._optimizer.grad_scale = (norm / self._gradient_clip).clamp_min(1.0)  # type: ignore[attr-defined]
-        elif self._gradient_clip is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, self._gradient_clip, norm)
+        norm = total_norm([each.grad for each in self._parameters if each.grad is not None])
+        if self._gradient_clip is not None:
+            # The update divides by it as it reads the gradient, which saves a pass over all of them.
+            self._optimizer.divisor = ((norm + 1e-6) / self._gradient_clip).clamp_min(1.0)
         return loss.detach().float(), norm
 
     def _record(self, batch: Sequence[Tensor]) -> None:
@@ -145,7 +128,7 @@ class SingleStepper:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_STEPS):
                 self._gradients(*self._batch)
-            _load_update_kernels(self._device)
+            self._optimizer.rehearse()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -154,11 +137,8 @@ class SingleStepper:
 
     def set_learning_rates(self, rates: Sequence[float]) -> None:
         """Set the learning rate of each parameter group, for the steps that follow."""
-        if self._device.type == "cuda":
-            self._rates.copy_(torch.tensor(rates, dtype=torch.float32, pin_memory=True), non_blocking=True)
-            return
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        given = torch.tensor(rates, dtype=torch.float32, pin_memory=self._device.type == "cuda")
+        self._optimizer.rates.copy_(given, non_blocking=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the whole optimizer state, on the CPU.
@@ -166,30 +146,32 @@ class SingleStepper:
         `NAME.exp_avg` and `NAME.exp_avg_sq` in float32 by the parameter's name in the module, and `step`. The loss
         scale of fp16 is no part of it.
         """
-        state = {"step": self._optimizer.state[self._parameters[0]]["step"].detach().cpu().clone()}
-        for each, name in self._names.items():
-            for moment in _MOMENTS:
-                state[f"{name}.{moment}"] = self._optimizer.state[each][moment].detach().cpu().clone()
+        state = {"step": self._optimizer.count.cpu().clone()}
+        for name, own in self._moments().items():
+            state[name] = own.detach().cpu().clone()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned, perhaps on several ranks."""
-        wanted = {"step"} | {f"{name}.{moment}" for name in self._names.values() for moment in _MOMENTS}
+        moments = self._moments()
+        wanted = {"step"} | moments.keys()
         if wanted != state.keys():
             names = ", ".join(sorted(wanted ^ state.keys())[:4])
             raise CheckpointError(f"this optimizer state belongs to another module: {names} differ")
-        for each, name in self._names.items():
-            own = self._optimizer.state[each]
-            own["step"].copy_(state["step"])
-            for moment in _MOMENTS:
-                own[moment].copy_(state[f"{name}.{moment}"])
+        self._optimizer.count.copy_(state["step"])
+        for name, own in moments.items():
+            own.copy_(state[name])
 
-
-def _load_update_kernels(device: torch.device) -> None:
-    """Have AdamW's kernels loaded, which must not happen while a graph is recorded, on a parameter of no one."""
-    parameter = nn.Parameter(torch.zeros(1, device=device))
-    parameter.grad = torch.zeros_like(parameter, requires_grad=False)
-    torch.optim.AdamW([parameter], lr=torch.zeros((), device=device), fused=True, capturable=True).step()
+    def _moments(self) -> dict[str, Tensor]:
+        """Return the optimizer's moments as `state_dict` names them."""
+        optimizer = self._optimizer
+        found = {}
+        for each, first, second in zip(
+            optimizer.parameters, optimizer.first_moments, optimizer.second_moments, strict=True
+        ):
+            found[f"{self._names[each]}.exp_avg"] = first
+            found[f"{self._names[each]}.exp_avg_sq"] = second
+        return found
 
 
 def _check(
