@@ -102,9 +102,7 @@ def main() -> None:
     block, prefix, groups = build(shape, device)
     generator = torch.Generator(device).manual_seed(1)
     batch = [torch.randn(args.batch_size, args.length, shape.hidden, generator=generator, device=device) for _ in "xy"]
-    module: torch.nn.Module = BlockLoss(block, prefix, mse)
-    if args.compile:
-        module.compile(dynamic=False)
+    module = BlockLoss(block, prefix, mse, compiled=args.compile)
     stepper = SingleRank(cuda_graph=not args.eager).stepper(module, groups, gradient_clip=0.3, precision="bf16")
     stepper.set_learning_rates([1e-5] * len(groups))
     losses = [float(stepper.step(*batch)[0]) for _ in range(3)]
@@ -124,7 +122,8 @@ def main() -> None:
         with torch.profiler.profile() as profile:
             stepper.step(*batch)
             synchronize()
-        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=args.profile, max_name_column_width=70))
+        averages = profile.key_averages()
+        print(averages.table(sort_by="self_device_time_total", row_limit=args.profile, max_name_column_width=90))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
     parameters = sum(each.numel() for group in groups for each in group.parameters)

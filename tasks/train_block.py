@@ -126,15 +126,25 @@ class BlockLoss(nn.Module):
         prefix: Prefix | None,
         loss: Callable[[Tensor, Tensor], Tensor],
         following: Sequence[Callable[[Tensor], Tensor]] = (),
+        *,
+        compiled: bool = False,
     ) -> None:
+        """With `compiled`, forwards that record gradients go through torch.compile, with one graph for all blocks."""
         super().__init__()
         self.block = block
         self.prefix = prefix
         self.loss = loss
         self.following = tuple(following)  # a plain tuple: what is frozen is no parameter of this module
+        # Validation, in other batches, stays as it is: it would be compiled again.
+        self._trained = torch.compile(self._loss, dynamic=False, fullgraph=True) if compiled else self._loss
 
     def forward(self, input_BTD: Tensor, *targets_BTD: Tensor) -> Tensor:
         """Return the loss, averaged over the targets: a float32 scalar."""
+        function = self._trained if torch.is_grad_enabled() else self._loss
+        with self.block.weights_on_grid():
+            return function(input_BTD, *targets_BTD)
+
+    def _loss(self, input_BTD: Tensor, *targets_BTD: Tensor) -> Tensor:
         output = self.block(input_BTD.float(), self.prefix)
         for function in self.following:
             output = function(output)

@@ -97,13 +97,14 @@ def _fake_quantize_backward(
     high: int,
     needs_x: bool,
     needs_grid: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients for x, scale and zero point, each empty where it is not needed."""
+    """Return the gradients for x (in `dtype`), scale and zero point, each empty where it is not needed."""
     dx: Tensor | None
     dscale: Tensor | None
     dzero: Tensor | None
     if not _uses_triton(x):
-        dx, dscale, dzero = backward_reference(grad, x, scale, zero_point, low, high)
+        dx, dscale, dzero = backward_reference(grad, x, scale, zero_point, low, high, dtype)
     else:
         from .kernel import backward_triton
 
@@ -111,16 +112,15 @@ def _fake_quantize_backward(
         with torch.cuda.device(x.device):
             dx, dscale, dzero = backward_triton(
                 grad.contiguous().view(rows.shape), rows, scales, zeros, low, high,
-                needs_x=needs_x, needs_grid=needs_grid,
+                needs_x=needs_x, needs_grid=needs_grid, dtype=dtype,
             )  # fmt: skip
         dx = None if dx is None else dx.view(x.shape)
         dscale, dzero = (_folded(each, x, scale) for each in (dscale, dzero))
-    wanted = (needs_x, needs_grid, needs_grid and zero_point is not None)
-    dx, dscale, dzero = (
-        each.contiguous() if each is not None and needed else like.new_empty(0)
-        for each, needed, like in zip((dx, dscale, dzero), wanted, (x, scale, scale), strict=True)
+    return (
+        x.new_empty(0, dtype=dtype) if dx is None or not needs_x else dx.contiguous(),
+        scale.new_empty(0) if dscale is None or not needs_grid else dscale.contiguous(),
+        scale.new_empty(0) if dzero is None or not needs_grid or zero_point is None else dzero.contiguous(),
     )
-    return dx, dscale, dzero
 
 
 @_fake_quantize_backward.register_fake
@@ -133,9 +133,10 @@ def _(
     high: int,
     needs_x: bool,
     needs_grid: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(x.shape if needs_x else (0,)),
+        x.new_empty(x.shape if needs_x else (0,), dtype=dtype),
         scale.new_empty(scale.shape if needs_grid else (0,)),
         scale.new_empty(scale.shape if needs_grid and zero_point is not None else (0,)),
     )
@@ -144,6 +145,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, zero_point, ctx.low, ctx.high, _ = inputs
     ctx.save_for_backward(x, scale, zero_point)
+    ctx.keeps_dtype = x.is_leaf and x.grad_dtype is None
 
 
 @once_differentiable
@@ -151,8 +153,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, scale, zero_point = ctx.saved_tensors
     needs_x, needs_scale, needs_zero = ctx.needs_input_grad[:3]
     dx, dscale, dzero = _fake_quantize_backward(
-        grad, x, scale, zero_point, ctx.low, ctx.high, needs_x, needs_scale or needs_zero
-    )
+        grad, x, scale, zero_point, ctx.low, ctx.high, needs_x, needs_scale or needs_zero,
+        grad.dtype if ctx.keeps_dtype else x.dtype,
+    )  # fmt: skip
     return dx if needs_x else None, dscale if needs_scale else None, dzero if needs_zero else None, None, None, None
 
 

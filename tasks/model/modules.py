@@ -65,6 +65,8 @@ class SiteLinear(nn.Module):
         self.hadamard = hadamard
         self.weight_quantizer: nn.Module | None = None
         """Takes the weight to its grid in every forward while the block is trained; None: the weight is used as is."""
+        self.weight_on_grid: Tensor | None = None
+        """What it returned, if that was computed ahead of the forward (`Block.weights_on_grid`)."""
 
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
@@ -74,7 +76,9 @@ class SiteLinear(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the product with the weight, [B, T, O]."""
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        weight = self.weight if self.weight_on_grid is None else self.weight_on_grid
+        if self.weight_on_grid is None and self.weight_quantizer is not None:
+            weight = self.weight_quantizer(self.weight)
         return F.linear(self.prepare(x_BTD), weight, self.bias)
 
 
@@ -134,7 +138,9 @@ def _causal_lower_right(query: Tensor, key: Tensor, value: Tensor, scale: float 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _has_flash() -> bool:
     cuda: Any = torch.backends.cuda
-    return torch.cuda.get_device_capability()[0] >= 8 and cuda.flash_sdp_enabled() and cuda.is_flash_attention_available()
+    return (
+        torch.cuda.get_device_capability()[0] >= 8 and cuda.flash_sdp_enabled() and cuda.is_flash_attention_available()
+    )
 
 
 def causal_or_mask(*args: Any, **kwargs: Any) -> Tensor | None:
