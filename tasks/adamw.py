@@ -40,8 +40,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def rehearse(self) -> None:
-        """Launch what a step launches, on pieces of copies, and change nothing: a CUDA graph that is being recorded must
-        not be the first to need a kernel."""
+        """Launch what a step launches, on pieces of copies: recording a CUDA graph must not be the first to do so."""
         tensors = (self.parameters, self._gradients(), self.first_moments, self.second_moments)
         self._update(*([_piece(each) for each in kind] for kind in tensors))
 

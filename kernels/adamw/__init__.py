@@ -51,13 +51,15 @@ def adamw_step(
     """
     _check(parameters, gradients, first_moments, second_moments, rates, decays)
     # expm1 keeps what 1 - beta^t loses in float32 while beta^t is near 1
-    corrections = [-torch.expm1(step * math.log(beta)) for beta in betas]
+    corrections = -torch.expm1(step * math.log(betas[0])), -torch.expm1(step * math.log(betas[1]))
     update = adamw_reference
     if _uses_triton(step):
         from .kernel import adamw_triton as update
     with _on_device(step):
-        for each in zip(parameters, gradients, first_moments, second_moments, rates, decays, strict=True):
-            update(*each, corrections[0], corrections[1], divisor, betas, eps)
+        for parameter, gradient, first, second, rate, decay in zip(
+            parameters, gradients, first_moments, second_moments, rates, decays, strict=True
+        ):
+            update(parameter, gradient, first, second, rate, decay, *corrections, divisor, betas, eps)
 
 
 @torch.no_grad()

@@ -81,13 +81,15 @@ def hadamard_axes(n: int) -> tuple[tuple[int, ...], ...]:
 
 
 @lru_cache(maxsize=64)
-def hadamard_matrix(factors: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the orthonormal Hadamard matrix that is the Kronecker product of those of known orders."""
+def hadamard_matrix(
+    factors: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, transposed: bool = False
+) -> Tensor:
+    """Return the orthonormal Hadamard matrix that is the Kronecker product of those of known orders, contiguous."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     with safe_open(known.REPO_PATH, framework="pt") as file:
         for order in factors:
             matrix = torch.kron(matrix, file.get_tensor(str(order)).to(torch.float64) / math.sqrt(order))
-    return matrix.to(dtype=dtype, device=device)
+    return (matrix.T if transposed else matrix).to(dtype=dtype, device=device).contiguous()
 
 
 def hadamard_transform_reference(x: Tensor, *, transposed: bool = False) -> Tensor:
