@@ -75,8 +75,8 @@ class TrainConfig:
     """Seconds after which the state of an unfinished block is stored at the end of an epoch."""
 
     compile: Literal["auto", "always", "never"] = field(default="auto", metadata={"in_key": False})
-    """Whether steps go through torch.compile, on one process a block. Auto: on a GPU, for blocks wide enough to repay the
-    minute that it takes once. Like the kind of device, it changes how intermediate values are rounded, and no more."""
+    """Whether steps go through torch.compile, on one process a block. Auto: on a GPU, for blocks wide enough to repay
+    the minute that it takes once. Like the kind of device, it changes how intermediate values are rounded, and no more."""
 
     def __post_init__(self) -> None:
         counts = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import prefixquant.kernels.fake_quantize  # noqa: F401 - registers its operators
 from prefixquant.kernels.gemm import quantized_linear
 from prefixquant.kernels.hadamard import hadamard_quantize
 from prefixquant.kernels.int4 import pack_int4
