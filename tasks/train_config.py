@@ -76,7 +76,7 @@ class TrainConfig:
 
     compile: Literal["auto", "always", "never"] = field(default="auto", metadata={"in_key": False})
     """Whether steps go through torch.compile, on one process a block. Auto: on a GPU, for blocks wide enough to repay
-    the minute that it takes once. Like the kind of device, it changes how values in between are rounded, and no more."""
+    the minute that it takes once. Like the kind of device, it changes how values in between are rounded."""
 
     def __post_init__(self) -> None:
         counts = {
