@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from prefixquant.kernels.adamw import total_norm
 from prefixquant.tasks.model.modules import SiteLinear
 from prefixquant.tasks.parallel import ParameterGroup
 from prefixquant.tasks.steps import AdamWStepper, check_groups
@@ -106,7 +107,10 @@ class ShardedStepper(AdamWStepper):
         device = next(iter(names.values())).device
         super().__init__(
             {name: parts.get(each, each) for name, each in names.items()},
-            [([parts.get(each, each) for each in group.parameters], group.weight_decay) for group in groups],
+            [
+                ParameterGroup([parts.get(each, each) for each in group.parameters], group.weight_decay)
+                for group in groups
+            ],
             gradient_clip,
             precision,
             cuda_graph=cuda_graph,
@@ -143,8 +147,8 @@ class ShardedStepper(AdamWStepper):
             cut.finish()
         self._fill()
         owned = [part.grad for cut in self._cuts for part in cut.parts.values() if part.grad is not None]
-        square = nn.utils.get_total_norm(owned).square() if owned else torch.zeros_like(share)
-        mean, square = self._reduce(share, square.float())
+        square = total_norm(owned).square() if owned else torch.zeros_like(share)
+        mean, square = self._reduce(share, square)
         norm = square.sqrt()
         if self._scaler is not None:
             norm = norm / self._scaler.get_scale()
@@ -158,7 +162,7 @@ class ShardedStepper(AdamWStepper):
         Returns the loss and the square of the norm of all gradients.
         """
         gradients = [each.grad for each in self._replicated if each.grad is not None]
-        together = torch.cat([*(each.flatten() for each in gradients), loss.view(1), square.view(1)])
+        together = torch.cat([*(each.flatten().float() for each in gradients), loss.view(1), square.view(1)])
         dist.all_reduce(together)
         start = 0
         for each in self._replicated:

@@ -151,14 +151,15 @@ def hadamard_triton(
     bits: int = 4,
     codes: torch.dtype | None = None,
     launch: dict[str, int] | None = None,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Transform rows [R, n] with contiguous columns, of silu(x) * up if `up` is given.
+    """Transform rows [R, n] with contiguous columns, of silu(x) * up if `up` is given, by H or its transpose.
 
     Without `codes` returns the transform and None; else codes of that type and their scale, as `quantize` does.
     """
     rows, n = x.shape
     axes = hadamard_axes(n)
-    *first, last = (hadamard_matrix(axis, x.dtype, x.device) for axis in axes)
+    *first, last = (hadamard_matrix(axis, x.dtype, x.device, transposed=transposed) for axis in axes)
     two = len(axes) == 2
     a, b = (math.prod(axes[0]), math.prod(axes[-1])) if two else (1, n)
     padded = _padded(n)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import prefixquant.kernels.fake_quantize  # noqa: F401 - registers its operators
 from prefixquant.kernels.gemm import quantized_linear
 from prefixquant.kernels.hadamard import hadamard_quantize
 from prefixquant.kernels.int4 import pack_int4
@@ -34,6 +35,16 @@ def samples():
         "linear": (
             OPS.linear,
             (codes(2, 3, 16).to(torch.int8), ONE, pack_int4(codes(6, 16)), torch.ones(6), None, torch.float32),
+        ),
+        "hadamard": (OPS.hadamard_transform, (x.clone().requires_grad_(), False)),
+        "hadamard turned": (OPS.hadamard_transform, (x.transpose(0, 1).requires_grad_(), True)),
+        "fake quantize": (
+            OPS.fake_quantize,
+            (x.transpose(0, 1).requires_grad_(), ONE.clone().requires_grad_(), None, -8, 7, torch.bfloat16),
+        ),
+        "fake quantize backward": (
+            OPS.fake_quantize_backward,
+            (x.transpose(0, 1), x.transpose(0, 1), ONE, ONE * 3, 0, 15, True, True, torch.bfloat16),
         ),
         "hadamard static": (OPS.hadamard_quantize, (x, x, ONE, None, 4, "int8")),
         "hadamard dynamic": (OPS.hadamard_quantize, (x, None, None, ONE, 4, "fp8")),
