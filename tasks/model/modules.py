@@ -12,6 +12,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from prefixquant.kernels.hadamard import hadamard_transform
 from prefixquant.tasks.model.quantizer import SiteQuantizer
+from prefixquant.tasks.model.sharded_product import sharded_product
 
 ATTENTION = "prefixquant"
 """Name of our attention function in transformers' registry."""
@@ -67,6 +68,8 @@ class SiteLinear(nn.Module):
         """Takes the weight to its grid in every forward while the block is trained; None: the weight is used as is."""
         self.weight_on_grid: Tensor | None = None
         """What it returned, if that was computed ahead of the forward (`Block.weights_on_grid`)."""
+        self.shard: tuple[int, Tensor] | None = None
+        """Number under which several processes hold the weight together, and the token (`sharded_product`)."""
 
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
@@ -76,6 +79,9 @@ class SiteLinear(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the product with the weight, [B, T, O]."""
+        if self.shard is not None:
+            number, token = self.shard
+            return sharded_product(self.prepare(x_BTD), self.bias, token, number, self.out_features)
         weight = self.weight if self.weight_on_grid is None else self.weight_on_grid
         if self.weight_on_grid is None and self.weight_quantizer is not None:
             weight = self.weight_quantizer(self.weight)
