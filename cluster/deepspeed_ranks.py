@@ -75,6 +75,8 @@ def zero_stage(num_parameters: int, ranks: int, device_bytes: int | None) -> int
 class DeepSpeedRanks:
     """One of the processes that train together. Made by `join`."""
 
+    compiles = False  # DeepSpeed hangs hooks and attributes on every module
+
     def __init__(self, member: Membership, device: torch.device, stage: int | None) -> None:
         self._member, self._device, self._stage = member, device, stage
         self._stepper: DeepSpeedStepper | None = None

@@ -52,6 +52,10 @@ class Ranks(Protocol):
     def size(self) -> int:
         """How many they are."""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the modules that it steps may go through torch.compile."""
+
     def stepper(
         self, module: nn.Module, groups: Sequence[ParameterGroup], *, gradient_clip: float | None, precision: str
     ) -> Stepper:

@@ -30,6 +30,8 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 class ShardedRanks:
     """One of the processes of torch's default process group, which train together."""
 
+    compiles = True
+
     def __init__(self, *, cuda_graph: bool = True, parts: int = 1) -> None:
         """With `cuda_graph`, steps on a GPU are recorded once and replayed, except in fp16.
 

@@ -20,6 +20,7 @@ class SingleRank:
 
     rank = 0
     size = 1
+    compiles = True
 
     def __init__(self, *, cuda_graph: bool = True) -> None:
         """With `cuda_graph`, steps on a GPU are recorded once and replayed, except in fp16.

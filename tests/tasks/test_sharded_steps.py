@@ -91,10 +91,12 @@ class Outcome:
     clean: bool = False
 
 
-def scenario(ranks: Ranks, name, checkpoint=None, precision="fp32"):
+def scenario(ranks: Ranks, name, checkpoint=None, precision="fp32", backend=None):
     """Train; look at the loss in between; rewind by writing inside whole(); go on from a checkpoint of other ranks."""
     out = Outcome(mean=float(ranks.mean(torch.tensor(float(ranks.rank)))))
     module, groups = problem(SPECS[name], frozen=name == "frozen-weights")
+    if backend is not None:
+        module._trained = torch.compile(module._loss, backend=backend, fullgraph=True, dynamic=False)
     before = [(each, each.weight_quantizer) for each in module.modules() if isinstance(each, SiteLinear)]
     start = {name: each.detach().clone() for name, each in module.named_parameters()}
     stepper = ranks.stepper(module, groups, gradient_clip=CLIP, precision=precision)
@@ -144,6 +146,13 @@ def in_parts(member):
         return scenario(ShardedRanks(parts=2), "channel").history
 
 
+def compiled(member):
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    with process_group(member, tiny.CPU):
+        return scenario(ShardedRanks(), "channel", backend="aot_eager").history
+
+
 @pytest.fixture(scope="module")
 def outcomes(ray_session, single):
     checkpoints = {name: (single[name].parameters, single[name].state) for name in SPECS}
@@ -173,6 +182,11 @@ def test_ranks_take_the_steps_of_a_single_process(outcomes, single, size, name):
 
 def test_a_share_that_passes_in_parts_gives_the_same_steps(ray_session, single):
     got = run_group(in_parts, (), ranks=2, cpus=1, gpus=0, name="rows in parts")
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(single["channel"].history), rtol=1e-4, atol=0)
+
+
+def test_a_compiled_block_gives_the_same_steps(ray_session, single):
+    got = run_group(compiled, (), ranks=2, cpus=1, gpus=0, name="compiled rows")
     torch.testing.assert_close(torch.tensor(got), torch.tensor(single["channel"].history), rtol=1e-4, atol=0)
 
 
