@@ -212,7 +212,7 @@ def tiling(rows: int, outputs: int, half: int) -> dict[str, int]:
         tile = {"BN": 128 if wide and block == 64 else 64, "BM": block, "BK": 128 if wide or block > 16 else 256}
         tiles = triton.cdiv(outputs, tile["BN"])
         steps = triton.cdiv(half, tile["BK"])
-        splits = max(1, min(PROGRAMS // tiles, steps // 2))
+        splits = 1 if tiles > PROGRAMS // 3 else max(1, min(PROGRAMS // tiles, steps // 4))
         return tile | {"SPLITS": splits, "num_warps": 4, "num_stages": 3}
     wide = rows > 256
     return {"BN": 256 if wide else 128, "BM": 128, "BK": 64, "SPLITS": 1, "num_warps": 8, "num_stages": 3}

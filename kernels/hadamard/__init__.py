@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prefixquant.kernels.dispatch import uses_triton
+from prefixquant.kernels.dispatch import call, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.quantize.reference import STORAGE
 
@@ -63,7 +63,7 @@ def hadamard_quantize(
         KernelInputError: types, shapes, devices or the layout do not fit, or n has no known Hadamard matrix.
     """
     _check(x, up, scale, clip_ratio, channel_scale, bits, layout)
-    codes, scales = _hadamard_quantize(x, up, scale, clip_ratio, channel_scale, bits, layout)
+    codes, scales = call(_hadamard_quantize, x, up, scale, clip_ratio, channel_scale, bits, layout)
     return codes, scales if scale is None else scale
 
 
@@ -116,7 +116,7 @@ def _fits_kernel(x: Tensor) -> bool:
         return False
     from .kernel import fits
 
-    return fits(x.shape[-1])
+    return fits(x.shape[-1], x.dtype)
 
 
 def _check(
