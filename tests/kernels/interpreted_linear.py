@@ -116,10 +116,10 @@ def compare_few_rows() -> None:
             check_few_rows(torch.full((rows, 2048), code), torch.full((40, 2048), weight), tile, **plain)
     check_few_rows(random(5, 4100), random(50, 4100), None, **plain)  # in the tile it is launched with
     assert few_rows.tiling(5, 50, 2050)["SPLITS"] > 1
-    known = few_rows._workspace.cache_info().misses
+    known = few_rows._kept.cache_info().misses
     for size in (1024, 4096):  # what the programs of a tile share is left as it was found
-        assert not any(bool(part.any()) for part in few_rows._workspace(torch.device("cpu"), 0, size))
-    assert few_rows._workspace.cache_info().misses == known
+        assert not any(bool(part.any()) for part in few_rows._kept(torch.device("cpu"), 0, size))
+    assert few_rows._kept.cache_info().misses == known
     print("few rows match")
 
 

@@ -65,6 +65,7 @@ def block_outputs(model, ids, inputs):
 def test_blocks_are_no_further_from_32_bits_than_the_references(exported, tokens, fast_prompts, dtype):
     cpu, same = load(exported, torch.float32, "cpu"), load(exported, dtype, "cpu")
     gpu = load(exported, dtype, fast_prompts=fast_prompts)
+    gpu.recording = False  # hooks are to see each forward
     ids, inputs = tiny.random_ids(2, tokens), []
     handles = [layer.register_forward_hook(lambda _, args, out: inputs.append(args[0])) for layer in cpu.model.layers]
     cpu(input_ids=ids)
@@ -83,7 +84,7 @@ def test_recorded_steps_give_the_logits_of_eager_ones(exported, dtype):
     name, ids = cache_name(model.base_model), tiny.random_ids(2, 264).cuda()
     recorded, eager = model.new_cache(2), model.new_cache(2)
     for cache in (recorded, eager):
-        model(input_ids=ids[:, :250], **{name: cache})
+        model.forward(input_ids=ids[:, :250], **{name: cache})
     graphs = []
     for index in range(250, 264):  # past 256 places, where the cache grows and a step is recorded anew
         step = ids[:, index : index + 1]
@@ -93,6 +94,23 @@ def test_recorded_steps_give_the_logits_of_eager_ones(exported, dtype):
         assert recorded.get_seq_length() == eager.get_seq_length() == index + 1
     assert eager.decode_graph is None
     assert len([each for each in graphs if each is not None]) == 2
+
+
+@pytest.mark.parametrize("tokens", [20, 150, 300])
+@torch.no_grad()
+def test_recorded_prompts_give_the_logits_of_eager_ones(exported, tokens):
+    model = load(exported, torch.float32)
+    name, ids = cache_name(model.base_model), tiny.random_ids(2, tokens + 1).cuda()
+    eager, recorded = model.new_cache(2), model.new_cache(2)
+    wanted = model.forward(input_ids=ids[:, :tokens], **{name: eager}).logits
+    model(input_ids=ids[:, :tokens])
+    for _ in range(2):  # recorded when the length comes again, then replayed
+        assert relative_error(model(input_ids=ids[:, :tokens]).logits, wanted.cpu()) < 0.05
+    last = model(input_ids=ids[:, :tokens], logits_to_keep=1, **{name: recorded}).logits
+    assert last.shape == wanted[:, -1:].shape
+    assert recorded.get_seq_length() == int(recorded.length) == tokens
+    steps = [model.forward(input_ids=ids[:, tokens:], **{name: cache}).logits for cache in (recorded, eager)]
+    assert relative_error(steps[0], steps[1].cpu()) < 0.05
 
 
 @torch.no_grad()
