@@ -170,6 +170,7 @@ def train_block(
     loss: Callable[[Tensor, Tensor], Tensor],
     following: Sequence[Callable[[Tensor], Tensor]] = (),
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_divergence: Callable[[int, str], None] = lambda block, where: None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainResult:
     """Train a block in place and return how it went; it is left with the parameters of the best epoch.
@@ -189,6 +190,7 @@ def train_block(
         loss: distance between the output and a target.
         following: what the output passes, unchanged by training, before it meets the target.
         on_epoch: called after each epoch.
+        on_divergence: called with block and place when an attempt has diverged and another one begins.
         checkpoints: where the state goes after an epoch, and where an earlier worker left it.
 
     Raises:
@@ -208,6 +210,7 @@ def train_block(
                     f"({run.progress.divergence}); lower train.scale_learning_rate and train.weight_learning_rate"
                 ) from None
             factor, divergence = 0.5, str(err)
+            on_divergence(block.index, divergence)
             with ranks.whole(run.module):
                 _write(trainables, start)
 
@@ -345,7 +348,9 @@ class _Training:
                 f"(largest at step {worst} of {self.steps})"
             )
         with self.ranks.whole(self.module):
-            lowest = {each.name: float(each.parameter.min()) for each in self.trained if each.name.endswith(POSITIVE)}
+            lowest = {
+                each.name: float(each.parameter.detach().min()) for each in self.trained if each.name.endswith(POSITIVE)
+            }
         for name, low in lowest.items():
             if low <= 0:
                 raise _Diverged(f"epoch {epoch}: {name} fell to {low:.4g}")
