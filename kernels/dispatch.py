@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
+import torch
 from torch import Tensor
 
 _REFERENCES: ContextVar[bool] = ContextVar("references", default=False)
@@ -33,3 +35,15 @@ def references() -> Iterator[None]:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def call(operator: Any, *args: Any) -> Any:
+    """Call a custom operator; its function itself where nobody looks at the call.
+
+    torch.compile, tracers and other dispatch modes see the operator, and so does autograd, which refuses it. Otherwise
+    the way through the dispatcher would take longer than many kernels.
+    """
+    seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if seen or (torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in args)):
+        return operator(*args)
+    return operator._init_fn(*args)

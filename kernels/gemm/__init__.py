@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixquant.kernels.dispatch import uses_triton
+from prefixquant.kernels.dispatch import call, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 
 from .reference import add_channels_reference, linear_reference
@@ -50,7 +50,7 @@ def quantized_linear(
             f"added must be {(*x.shape[:-1], weight.shape[0])} {dtype}, got {tuple(added.shape)} {added.dtype}"
         )
     _check_together("quantized_linear", x, added=added)
-    y: Tensor = _linear(x, x_scale, weight, weight_scale, bias, added, dtype)
+    y: Tensor = call(_linear, x, x_scale, weight, weight_scale, bias, added, dtype)
     return y
 
 
@@ -134,7 +134,7 @@ def quantized_products(x: Tensor, x_scale: Tensor, weight: Tensor, *, dtype: tor
         raise KernelInputError(
             f"quantized_products needs x as float8_e4m3fn and one scale, got {x.dtype} and {tuple(x_scale.shape)}"
         )
-    y: Tensor = _products(x, x_scale, weight, dtype)
+    y: Tensor = call(_products, x, x_scale, weight, dtype)
     return y
 
 
@@ -180,7 +180,7 @@ def add_channels(added: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     if scale.shape != y.shape[-1:] or scale.dtype != torch.float32:
         raise KernelInputError(f"scale must be float32 [{y.shape[-1]}], got {tuple(scale.shape)} {scale.dtype}")
     _check_together("add_channels", y, added=added, scale=scale)
-    result: Tensor = _add_channels(added, y, scale)
+    result: Tensor = call(_add_channels, added, y, scale)
     return result
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 PROGRAMS = 264
 """Programs that a large GPU runs at once, at least."""
 
+MAX_TILES = 1024
+"""Tiles that are split at most; with more there is no need to."""
+
 
 @triton.jit
 def _add_products(words, x_lo, x_hi, total, ASM: tl.constexpr):
@@ -212,16 +215,29 @@ def tiling(rows: int, outputs: int, half: int) -> dict[str, int]:
         tile = {"BN": 128 if wide and block == 64 else 64, "BM": block, "BK": 128 if wide or block > 16 else 256}
         tiles = triton.cdiv(outputs, tile["BN"])
         steps = triton.cdiv(half, tile["BK"])
-        splits = max(1, min(PROGRAMS // tiles, steps // 2))
+        splits = 1 if tiles > PROGRAMS // 3 else max(1, min(PROGRAMS // tiles, steps // 4))
         return tile | {"SPLITS": splits, "num_warps": 4, "num_stages": 3}
     wide = rows > 256
     return {"BN": 256 if wide else 128, "BM": 128, "BK": 64, "SPLITS": 1, "num_warps": 8, "num_stages": 3}
 
 
+def _workspace(device: torch.device, size: int) -> tuple[Tensor, Tensor]:
+    """Return sums and arrivals, zero between launches: those of the stream, or while it is captured ones of its own,
+    which the graph sets to zero."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _zeros(device, size)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _kept(device, stream, triton.next_power_of_2(size))
+
+
 @cache
-def _workspace(device: torch.device, stream: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return sums and arrivals of a stream, zero between launches."""
-    return torch.zeros(size, dtype=torch.int32, device=device), torch.zeros(1024, dtype=torch.int32, device=device)
+def _kept(device: torch.device, stream: int, size: int) -> tuple[Tensor, Tensor]:
+    return _zeros(device, size)
+
+
+def _zeros(device: torch.device, size: int) -> tuple[Tensor, Tensor]:
+    both = torch.zeros(size + MAX_TILES, dtype=torch.int32, device=device)
+    return both[:size], both[size:]
 
 
 def linear_few_rows(
@@ -266,7 +282,6 @@ def linear_few_rows(
     sums = arrived = x
     if tile["SPLITS"] > 1:
         size = grid[0] * grid[1] * tile["BM"] * tile["BN"]
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        sums, arrived = _workspace(x.device, stream, triton.next_power_of_2(size))
+        sums, arrived = _workspace(x.device, size)
     rows_kernel[grid](x, x_scale, weight.view(torch.int8), *shared, sums, arrived, rows, outputs, half, **flags, **tile)
     return y

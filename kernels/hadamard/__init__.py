@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixquant.kernels.dispatch import uses_triton
+from prefixquant.kernels.dispatch import call, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.quantize.reference import STORAGE
 
@@ -91,7 +91,7 @@ def hadamard_quantize(
         KernelInputError: types, shapes, devices or the layout do not fit, or n has no known Hadamard matrix.
     """
     _check(x, up, scale, clip_ratio, channel_scale, bits, layout)
-    codes, scales = _hadamard_quantize(x, up, scale, clip_ratio, channel_scale, bits, layout)
+    codes, scales = call(_hadamard_quantize, x, up, scale, clip_ratio, channel_scale, bits, layout)
     return codes, scales if scale is None else scale
 
 
@@ -144,7 +144,7 @@ def _fits_kernel(x: Tensor) -> bool:
         return False
     from .kernel import fits
 
-    return fits(x.shape[-1])
+    return fits(x.shape[-1], x.dtype)
 
 
 def _check(

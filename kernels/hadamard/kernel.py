@@ -7,16 +7,20 @@ BB. A transform with a single axis takes BA rows at once instead.
 # mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixquant.kernels.hadamard.reference import hadamard_axes, hadamard_matrix
+from prefixquant.kernels.hadamard.reference import MAX_POWER, hadamard_axes, hadamard_matrix
 
 MAX_TILE = 128 * 256
 """Values of a program's tile at most: 128 a thread of eight warps."""
+
+MAX_MATRICES = 160 * 1024
+"""Bytes of a program's Hadamard matrices at most; what it computes in between needs shared memory as well."""
 
 PROGRAMS = 264
 """Programs that a large GPU runs at once; with more rows each takes several in turn and loads the matrices once."""
@@ -87,9 +91,8 @@ def hadamard_kernel(
         o_n = o_a[:, None] * B + o_b[None, :]
         m_h = (o_b < B)[:, None] & (o_c < B)[None, :]
         b_last = tl.load(last + o_b[:, None] * B + o_c[None, :], mask=m_h, other=0.0)
-        # The transpose: element [i, j] of the first matrix at row j.
         m_h = (o_a < A)[:, None] & (o_a < A)[None, :]
-        b_first = tl.load(first + o_a[None, :] * A + o_a[:, None], mask=m_h, other=0.0)
+        b_first = tl.load(first + o_a[:, None] * A + o_a[None, :], mask=m_h, other=0.0)
         for row in range(tl.program_id(0), ROWS, tl.num_programs(0)):
             i = tl.cast(row, tl.int64)
             b_x = _gated(x + i * stride_x, up + i * stride_up, channel_scale, o_n, o_n, m, A * B, SWIGLU, SCALED)
@@ -132,13 +135,29 @@ def hadamard_kernel(
             tl.store(y + o_y, _codes(b_y, factor, LOW, HIGH).to(y.dtype.element_ty), mask=m)
 
 
-def fits(n: int) -> bool:
-    """Return whether a row of n values fits a program."""
-    return math.prod(_padded(n)) <= MAX_TILE
+@lru_cache(maxsize=256)
+def _axes(n: int) -> tuple[tuple[int, ...], ...]:
+    """Return the factors of n as one axis or two, so cut that the filled-up tile is smallest, then squarest."""
+    factors = [factor for axis in hadamard_axes(n) for factor in axis]
+    if n <= MAX_POWER:
+        return (tuple(factors),)
+    cuts = [(tuple(factors[:cut]), tuple(factors[cut:])) for cut in range(1, len(factors))]
+
+    def size(axes: tuple[tuple[int, ...], ...]) -> tuple[int, int]:
+        sides = [_side(axis) for axis in axes]
+        return math.prod(sides), max(sides)
+
+    return min(cuts, key=size, default=(tuple(factors),))
 
 
-def _padded(n: int) -> list[int]:
-    return [max(16, triton.next_power_of_2(math.prod(axis))) for axis in hadamard_axes(n)]
+def _side(axis: tuple[int, ...]) -> int:
+    return max(16, triton.next_power_of_2(math.prod(axis)))
+
+
+def fits(n: int, dtype: torch.dtype) -> bool:
+    """Return whether a row of n values fits a program: its tile the registers, the matrices the shared memory."""
+    sides = [_side(axis) for axis in _axes(n)]
+    return math.prod(sides) <= MAX_TILE and sum(side * side for side in sides) * dtype.itemsize <= MAX_MATRICES
 
 
 def hadamard_triton(
@@ -158,11 +177,12 @@ def hadamard_triton(
     Without `codes` returns the transform and None; else codes of that type and their scale, as `quantize` does.
     """
     rows, n = x.shape
-    axes = hadamard_axes(n)
-    *first, last = (hadamard_matrix(axis, x.dtype, x.device, transposed=transposed) for axis in axes)
+    axes = _axes(n)
+    last = hadamard_matrix(axes[-1], x.dtype, x.device, transposed=transposed)
     two = len(axes) == 2
+    first = hadamard_matrix(axes[0], x.dtype, x.device, transposed=not transposed) if two else last  # from the left
     a, b = (math.prod(axes[0]), math.prod(axes[-1])) if two else (1, n)
-    padded = _padded(n)
+    padded = [_side(axis) for axis in axes]
     block_a, block_b = padded if two else (max(16, min(64, 8192 // padded[0])), padded[0])
     dynamic = codes is not None and scale is None
     y = torch.empty(rows, n, dtype=codes or x.dtype, device=x.device)
@@ -176,13 +196,15 @@ def hadamard_triton(
             "num_warps": 8 if block_a * block_b >= 8192 else 4,
             "num_stages": 1,  # what a row needs fills the shared memory; other programs hide the loads
         }
+        if two and not shared and block_a * block_b == 128 * 128:
+            launch["maxnreg"] = 128  # lets two programs share a multiprocessor
     launch = dict(launch)
     grid = (launch.pop("programs"), triton.cdiv(block_b, launch["BC"]))
     hadamard_kernel[grid](
         x,
         x if up is None else up,
         nothing if channel_scale is None else channel_scale,
-        first[0] if two else last,
+        first,
         last,
         nothing if scale is None else scale,
         nothing if clip_ratio is None else clip_ratio,

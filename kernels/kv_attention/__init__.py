@@ -1,9 +1,10 @@
 """Keys and values as packed 4-bit codes, and attention over them behind a full-precision prefix."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from prefixquant.kernels.dispatch import uses_triton
+from prefixquant.kernels.dispatch import call, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.quantize import quantize
 
@@ -94,7 +95,7 @@ def split_heads(
     _check_vector("place", place, 1, torch.int32)
     _check_devices(x, cos=cos, sin=sin, place=place, channel_scale=channel_scale)
     first, second = gains or (None, None)
-    y: Tensor = _split_heads(x, channel_scale, first, second, eps, cos, sin, hadamard, *scales, *caches, place)
+    y: Tensor = call(_split_heads, x, channel_scale, first, second, eps, cos, sin, hadamard, *scales, *caches, place)
     return y
 
 
@@ -239,10 +240,23 @@ def kv_attention(
         out_scale=out_scale,
     )
     first, second = prefix or (None, None)
-    y: Tensor = _kv_attention(
-        query, keys, values, key_scale, value_scale, length, start, first, second, scaling, splits, filled, out_scale,
+    y: Tensor = call(
+        _kv_attention,
+        query,
+        keys,
+        values,
+        key_scale,
+        value_scale,
+        length,
+        start,
+        first,
+        second,
+        scaling,
+        splits,
+        filled,
+        out_scale,
         out_bits,
-    )  # fmt: skip
+    )
     return y
 
 
@@ -298,9 +312,21 @@ def _flash(
             dequantize_triton(cache, scale, None if prefix is None else prefix[index], filled, query.dtype)
             for index, (cache, scale) in enumerate(zip(caches, scales, strict=True))
         )
-    # Its causal mask is aligned to the last query and the last key, which is what a prefix and a cache ask for.
-    y = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scaling)[0]
-    return y.transpose(1, 2).contiguous()
+    batch, heads, tokens, channels = query.shape
+    lead = key.shape[2] - tokens
+    if filled > tokens:
+        # Its causal mask is aligned to the last query and the last key, which is what a cache asks for.
+        y = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scaling)[0]
+        return y.transpose(1, 2).contiguous()
+    # Queries in front of those there are, one for each token of the prefix, make the plain causal mask right, which
+    # PyTorch's fastest kernels know.
+    led = query.new_empty(batch, lead + tokens, heads, channels)
+    led[:, :lead] = 0
+    led[:, lead:] = query.transpose(1, 2)
+    y = F.scaled_dot_product_attention(
+        led.transpose(1, 2), key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] < heads
+    )
+    return y.transpose(1, 2)[:, lead:].contiguous()
 
 
 @_kv_attention.register_fake

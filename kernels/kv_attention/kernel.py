@@ -15,6 +15,9 @@ from prefixquant.kernels.hadamard.reference import hadamard_axes, hadamard_matri
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+SPLIT_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+"""Without fusion, which would leave the rotary embedding's products unrounded before they are added."""
+
 
 @triton.jit
 def _code(x, scale):
@@ -365,8 +368,7 @@ def split_triton(
         HADAMARD=hadamard,
         C=channels,
         BT=block,
-        num_warps=4,
-        enable_fp_fusion=False,  # a product fused with a sum would not be rounded
+        **SPLIT_LAUNCH,
     )
     return query
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prefixquant.kernels.dispatch import uses_triton
+from prefixquant.kernels.dispatch import call, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 
 from .reference import STORAGE, quantize_reference
@@ -40,7 +40,7 @@ def quantize(
         KernelInputError: types, shapes, strides, devices or the layout do not fit.
     """
     _check(x, scale, clip_ratio, gain, bits, layout)
-    codes, scales = _quantize(x, scale, clip_ratio, gain, eps, bits, layout)
+    codes, scales = call(_quantize, x, scale, clip_ratio, gain, eps, bits, layout)
     return codes, scales if scale is None else scale
 
 

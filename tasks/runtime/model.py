@@ -10,7 +10,7 @@ from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.cache import CACHE_NAMES, cache_name
 from prefixquant.tasks.model.sites import head_size
 from prefixquant.tasks.runtime.cache import PackedCache
-from prefixquant.tasks.runtime.decode import DecodeGraph
+from prefixquant.tasks.runtime.graphs import Call, DecodeGraph, PromptGraphs
 from prefixquant.tasks.runtime.source import FolderSource, Source
 
 
@@ -23,6 +23,9 @@ class QuantizedCausalLM:
 
     config: Any
     num_prefix_tokens: int
+    prompt_graphs: PromptGraphs
+    recording = True
+    """Set to False to have every forward run module by module, where hooks see it."""
 
     @staticmethod
     def load(
@@ -56,7 +59,7 @@ class QuantizedCausalLM:
 
         model = Builder(source, device, dtype, fast_prompts).build()
         model.__class__ = type(f"Quantized{type(model).__name__}", (QuantizedCausalLM, type(model)), {})
-        model.num_prefix_tokens = len(source.prefix_token_ids)
+        model.num_prefix_tokens, model.prompt_graphs = len(source.prefix_token_ids), PromptGraphs()
         _attach_cache(model, model.base_model)
         return model.eval().requires_grad_(False)
 
@@ -70,10 +73,16 @@ class QuantizedCausalLM:
         return cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the family's forward returns. On a GPU, one more token a sequence is a CUDA graph replayed; the
-        logits of such a step are overwritten by the next."""
-        graph = DecodeGraph.of(self, args, kwargs)
-        return super().__call__(*args, **kwargs) if graph is None else graph.step(args, kwargs)  # type: ignore[misc]
+        """Return what the family's forward returns. On a GPU, one more token a sequence and prompts of a length seen
+        before are CUDA graphs replayed; the logits of one more token are overwritten by the next."""
+        call = Call(args, kwargs) if self.recording else None
+        if call is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if (step := DecodeGraph.of(self, call)) is not None:
+            return step.run(call)
+        if (prompt := self.prompt_graphs.of(self, call)) is not None:
+            return prompt.run(self, call)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does, into a packed cache. Beams are refused: the cache cannot be reordered."""

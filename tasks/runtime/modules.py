@@ -128,9 +128,10 @@ class CodedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("wide", wide)
 
-    def forward(self, x: Coded) -> Product:
-        """Return the product [B, T, O]."""
-        if x.values.dtype == torch.float8_e4m3fn and x.scale is not None and not x.scale.ndim and self.bias is None:
+    def forward(self, x: Coded, *, finished: bool = False) -> Product:
+        """Return the product [B, T, O]; `finished`: with its channels' scales in any case."""
+        one_scale = x.values.dtype == torch.float8_e4m3fn and x.scale is not None and not x.scale.ndim
+        if one_scale and self.bias is None and not finished:
             return Product(quantized_products(x.values, x.scale, self._wide(x), dtype=self.dtype), self.weight_scale)
         y = quantized_linear(x.values, x.scale, self._wide(x), self.weight_scale, self.bias, dtype=self.dtype)
         return Product(y, None)
@@ -159,7 +160,8 @@ class CodedMLP(nn.Module):
 
     def forward(self, x: Coded, added: Tensor) -> Tensor:
         """Return the MLP's result, added to the stream [B, T, D]."""
-        return self.down.add(self.site.gated(self.gate_up(x), self.hadamard), added)
+        # SwiGLU and the transform take longer with scales to load than the product does to apply them.
+        return self.down.add(self.site.gated(self.gate_up(x, finished=True), self.hadamard), added)
 
 
 class CodedAttention(nn.Module):
