@@ -16,7 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from prefixquant.kernels.adamw import total_norm
 from prefixquant.tasks.model.modules import SiteLinear
+from prefixquant.tasks.model.quantizer import product_dtype
+from prefixquant.tasks.model.sharded_product import SHARDS
 from prefixquant.tasks.parallel import ParameterGroup
 from prefixquant.tasks.steps import AdamWStepper, check_groups
 
@@ -106,12 +109,16 @@ class ShardedStepper(AdamWStepper):
         device = next(iter(names.values())).device
         super().__init__(
             {name: parts.get(each, each) for name, each in names.items()},
-            [([parts.get(each, each) for each in group.parameters], group.weight_decay) for group in groups],
+            [
+                ParameterGroup([parts.get(each, each) for each in group.parameters], group.weight_decay)
+                for group in groups
+            ],
             gradient_clip,
             precision,
             cuda_graph=cuda_graph,
             scaler=_scaler(device) if precision == "fp16" else None,
         )
+        self._token = torch.zeros((), device=device, requires_grad=True)
         self._stale = False
         self._stepping = False
         self._hook = module.register_forward_pre_hook(self._before_forward)
@@ -134,8 +141,8 @@ class ShardedStepper(AdamWStepper):
         parts = list(zip(*(each.chunk(self._passes) for each in batch), strict=True))
         for part in parts:
             for cut in self._cuts:
-                cut.exchanges = part is parts[-1]  # until then gradients add up
-            with self._standing_in(), self._autocast():
+                cut.last = part is parts[-1]
+            with self._sharded(), self._autocast():
                 loss: Tensor = self._module(*part) * (len(part[0]) / len(batch[0]) / self._size)
             (loss if self._scaler is None else self._scaler.scale(loss)).backward()
             share += loss.detach()
@@ -143,8 +150,8 @@ class ShardedStepper(AdamWStepper):
             cut.finish()
         self._fill()
         owned = [part.grad for cut in self._cuts for part in cut.parts.values() if part.grad is not None]
-        square = nn.utils.get_total_norm(owned).square() if owned else torch.zeros_like(share)
-        mean, square = self._reduce(share, square.float())
+        square = total_norm(owned).square() if owned else torch.zeros_like(share)
+        mean, square = self._reduce(share, square)
         norm = square.sqrt()
         if self._scaler is not None:
             norm = norm / self._scaler.get_scale()
@@ -158,7 +165,7 @@ class ShardedStepper(AdamWStepper):
         Returns the loss and the square of the norm of all gradients.
         """
         gradients = [each.grad for each in self._replicated if each.grad is not None]
-        together = torch.cat([*(each.flatten() for each in gradients), loss.view(1), square.view(1)])
+        together = torch.cat([*(each.flatten().float() for each in gradients), loss.view(1), square.view(1)])
         dist.all_reduce(together)
         start = 0
         for each in self._replicated:
@@ -167,17 +174,17 @@ class ShardedStepper(AdamWStepper):
         return together[-2], together[-1] + together[:start].square().sum()
 
     @contextmanager
-    def _standing_in(self) -> Iterator[None]:
-        """Within it the linears take the gathered weights."""
+    def _sharded(self) -> Iterator[None]:
+        """Within it the linears take their products with what the ranks exchange."""
         self._stepping = True
-        for cut in self._cuts:
-            cut.linear.weight_quantizer = cut.stand_in
+        for number, cut in enumerate(self._cuts):
+            cut.linear.shard, SHARDS[number] = (number, self._token), cut
         try:
             yield
         finally:
             self._stepping = False
             for cut in self._cuts:
-                cut.linear.weight_quantizer = cut.quantizer
+                cut.linear.shard = None
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if not self._stepping:
@@ -210,72 +217,55 @@ class ShardedStepper(AdamWStepper):
 
 
 class _Cut:
-    """A linear whose weight and grid are cut by rows: one part is trained here."""
+    """A linear whose weight and grid are cut by rows: one part is trained here. Satisfies `Shard`."""
 
     def __init__(self, linear: SiteLinear) -> None:
-        self.linear, self.quantizer = linear, linear.weight_quantizer
-        self.stand_in = _StandIn(self)
+        self.linear, self._quantizer = linear, linear.weight_quantizer
         self._weight = _part(linear.weight)
-        grid = {} if self.quantizer is None else dict(self.quantizer.named_parameters())
+        grid = {} if self._quantizer is None else dict(self._quantizer.named_parameters())
         self._grid = {name: _part(each) for name, each in grid.items()}
-        self._buffers = {} if self.quantizer is None else {n: _own_rows(b) for n, b in self.quantizer.named_buffers()}
+        self._buffers = {} if self._quantizer is None else {n: _own_rows(b) for n, b in self._quantizer.named_buffers()}
         self.parts: dict[Tensor, Tensor] = {linear.weight: self._weight}
         self.parts |= {each: self._grid[name] for name, each in grid.items()}
         """What is trained here, by the whole parameter."""
 
-        self.exchanges = True
-        """Whether the gradient is complete with the present backward."""
+        self.last = True
+        """Whether the present backward brings the last part of the gradient."""
 
     def gather(self) -> None:
         """Take the rows to their grid and begin to exchange them."""
         self._rows = self._quantized()
         self._whole = self._rows.new_empty(self.linear.weight.shape)
         self._work: Any = _all_gather(self._whole, self._rows.detach(), async_op=True)
-        self._received: Tensor | None = None
+        self._sent: Tensor | None = None
 
     def _quantized(self) -> Tensor:
-        if self.quantizer is not None:
-            quantized: Tensor = functional_call(self.quantizer, self._grid | self._buffers, (self._weight,))
+        if self._quantizer is not None:
+            quantized: Tensor = functional_call(self._quantizer, self._grid | self._buffers, (self._weight,))
             return quantized
-        kind = self._weight.device.type
-        return self._weight.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
+        return self._weight.to(product_dtype(self._weight))
 
-    def gathered(self) -> Tensor:
-        """Return the whole quantized weight [O, I]; the stream, not the host, waits for its arrival."""
-        if not self._whole.requires_grad:
-            self._work.wait()  # gloo copies into it only now
-            self._whole.requires_grad_().register_post_accumulate_grad_hook(self._scatter)
+    def arrived(self) -> Tensor:
+        """Return the whole quantized weight [O, I]; the stream, not the host, waits for it."""
+        if self._sent is None:
+            self._work.wait()
         return self._whole
 
-    def _scatter(self, whole: Tensor) -> None:
-        """Begin to send each rank the gradient of its rows, once it is complete."""
-        if not self.exchanges:
-            return
-        assert whole.grad is not None
-        self._sent, whole.grad = whole.grad.contiguous(), None
-        self._received = torch.empty_like(self._sent)
-        self._work = dist.all_to_all_single(self._received, self._sent, async_op=True)
+    def send(self, gradient_OI: Tensor) -> None:
+        """Take the gradient of a part of the batch; with the last one, begin to send each rank that of its rows."""
+        self._sent = gradient_OI if self._sent is None else self._sent + gradient_OI
+        if self.last:
+            self._received = torch.empty_like(self._sent)
+            self._work = dist.all_to_all_single(self._received, self._sent, async_op=True)
 
     def finish(self) -> None:
         """Sum what came for the own rows, and take it through the straight-through estimator."""
-        if self._received is not None:
+        if self._sent is not None:
             self._work.wait()
             # A sum of bf16 or fp16 accumulates in float32 and is rounded once, as the gradient of one rank is.
             torch.autograd.backward(self._rows, self._received.unflatten(0, (dist.get_world_size(), -1)).sum(0))
-            del self._sent
-        del self._rows, self._whole, self._received
-
-
-class _StandIn(nn.Module):
-    """Takes a weight quantizer's place for the time of a step and returns the weight gathered from the ranks."""
-
-    def __init__(self, cut: _Cut) -> None:
-        super().__init__()
-        self._gathered = cut.gathered
-
-    def forward(self, weight_OI: Tensor) -> Tensor:
-        """Return the quantized weight, whatever it is given."""
-        return self._gathered()
+            del self._received
+        del self._rows, self._whole, self._sent
 
 
 def _divisible(linear: SiteLinear) -> bool:

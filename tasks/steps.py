@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from prefixquant.kernels.adamw import total_norm
+from prefixquant.tasks.adamw import AdamW
 from prefixquant.tasks.errors import CheckpointError, ConfigError
 from prefixquant.tasks.parallel import ParameterGroup
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _WARM_UP_STEPS = 3
 
 
@@ -52,43 +53,26 @@ class AdamWStepper:
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        groups: Sequence[tuple[Sequence[Tensor], float]],
+        groups: Sequence[ParameterGroup],
         gradient_clip: float | None,
         precision: str,
         *,
         cuda_graph: bool,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        """Prepare steps on leaf tensors by name, in groups with their weight decay; `scaler` for fp16 alone."""
+        """Prepare steps on leaf tensors by name, in groups; `scaler` for fp16 alone."""
         self._tensors = dict(tensors)
-        self._gradient_clip, self._dtype = gradient_clip, _AUTOCAST[precision]
+        self._gradient_clip, self._dtype, self._scaler = gradient_clip, _AUTOCAST[precision], scaler
         self._device = next(iter(self._tensors.values())).device
-        on_gpu = self._device.type == "cuda"
-        self._graphed = cuda_graph and on_gpu and precision != "fp16"  # the loss scale is for the host to decide
-        self._scaler = scaler
-        self._fused = on_gpu and precision != "fp16"  # whose scaler uses the same place
-        self._rates = torch.zeros(len(groups), device=self._device)
-        self._optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": list(members),
-                    "weight_decay": decay,
-                    "lr": self._rates[index] if on_gpu else 0.0,  # on the device, where a graph reads it
-                }
-                for index, (members, decay) in enumerate(groups)
-            ],
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            fused=on_gpu,
-            capturable=self._graphed,
-        )
-        for each in self._tensors.values():
-            step = torch.zeros((), device=self._device if on_gpu else "cpu")
-            moments = {name: torch.zeros_like(each, requires_grad=False) for name in _MOMENTS}
-            self._optimizer.state[each] = {"step": step} | moments
+        # The loss scale of fp16 is for the host to decide.
+        self._graphed = cuda_graph and self._device.type == "cuda" and precision != "fp16"
+        if scaler is None:
+            for each in self._tensors.values():  # a gradient may keep the type of the product that made it
+                each.grad_dtype = None
+        self._optimizer = AdamW(groups, self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: tuple[Tensor, ...] = ()
-        self._result: tuple[Tensor, Tensor] = (self._rates, self._rates)
+        self._result: tuple[Tensor, Tensor] = (self._optimizer.count, self._optimizer.count)
 
     def step(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step.
@@ -132,12 +116,9 @@ class AdamWStepper:
         return [each.grad for each in self._tensors.values() if each.grad is not None]
 
     def _clip(self, norm: Tensor) -> None:
-        """Have the update take gradients of this norm clipped."""
-        if self._gradient_clip is not None and self._fused:
-            # The fused update divides by it as it reads the gradient, which saves a pass over all of them.
-            self._optimizer.grad_scale = (norm / self._gradient_clip).clamp_min(1.0)  # type: ignore[attr-defined]
-        elif self._gradient_clip is not None:
-            nn.utils.clip_grads_with_norm_(list(self._tensors.values()), self._gradient_clip, norm)
+        """Have the update take gradients of this norm clipped: it divides as it reads them, which saves a pass."""
+        if self._gradient_clip is not None:
+            self._optimizer.divisor = ((norm + 1e-6) / self._gradient_clip).clamp_min(1.0)
 
     def _record(self, batch: Sequence[Tensor]) -> None:
         """Record a step as a CUDA graph, without taking one: warming up stops short of the update."""
@@ -147,7 +128,7 @@ class AdamWStepper:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_STEPS):
                 self._gradients(*self._batch)
-            _load_update_kernels(self._device)
+            self._optimizer.rehearse()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads watch NCCL, or pin memory
@@ -156,11 +137,8 @@ class AdamWStepper:
 
     def set_learning_rates(self, rates: Sequence[float]) -> None:
         """Set the learning rate of each parameter group, for the steps that follow."""
-        if self._device.type == "cuda":
-            self._rates.copy_(torch.tensor(rates, dtype=torch.float32, pin_memory=True), non_blocking=True)
-            return
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        given = torch.tensor(rates, dtype=torch.float32, pin_memory=self._device.type == "cuda")
+        self._optimizer.rates.copy_(given, non_blocking=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the whole optimizer state, on the CPU.
@@ -168,23 +146,29 @@ class AdamWStepper:
         `NAME.exp_avg` and `NAME.exp_avg_sq` in float32 by the parameter's name in the module, and `step`. The loss
         scale of fp16 is no part of it.
         """
-        state = {"step": next(iter(self._optimizer.state.values()))["step"].detach().cpu().clone()}
-        for name, each in self._tensors.items():
-            for moment in _MOMENTS:
-                state[f"{name}.{moment}"] = self._whole_of(name, self._optimizer.state[each][moment])
-        return state
+        whole = {f"{name}.{moment}": self._whole_of(name, own) for name, moment, own in self._moments()}
+        return {"step": self._optimizer.count.cpu().clone()} | whole
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned, perhaps on another number of ranks."""
-        wanted = {"step"} | {f"{name}.{moment}" for name in self._tensors for moment in _MOMENTS}
+        moments = self._moments()
+        wanted = {"step"} | {f"{name}.{moment}" for name, moment, _ in moments}
         if wanted != state.keys():
             names = ", ".join(sorted(wanted ^ state.keys())[:4])
             raise CheckpointError(f"this optimizer state belongs to another module: {names} differ")
-        for name, each in self._tensors.items():
-            own = self._optimizer.state[each]
-            own["step"].copy_(state["step"])
-            for moment in _MOMENTS:
-                own[moment].copy_(self._part_of(name, state[f"{name}.{moment}"]))
+        self._optimizer.count.copy_(state["step"])
+        for name, moment, own in moments:
+            own.copy_(self._part_of(name, state[f"{name}.{moment}"]))
+
+    def _moments(self) -> list[tuple[str, str, Tensor]]:
+        """Return the optimizer's moments with the name of their tensor and their own."""
+        optimizer, names = self._optimizer, {each: name for name, each in self._tensors.items()}
+        found = []
+        for each, first, second in zip(
+            optimizer.parameters, optimizer.first_moments, optimizer.second_moments, strict=True
+        ):
+            found += [(names[each], "exp_avg", first), (names[each], "exp_avg_sq", second)]
+        return found
 
     def _whole_of(self, name: str, tensor: Tensor) -> Tensor:
         """Return a copy on the CPU of what the ranks together hold of a tensor's moment."""
@@ -212,7 +196,7 @@ class SingleStepper(AdamWStepper):
         device = next(iter(names.values())).device
         super().__init__(
             names,
-            [(group.parameters, group.weight_decay) for group in groups],
+            groups,
             gradient_clip,
             precision,
             cuda_graph=cuda_graph,
@@ -228,16 +212,9 @@ class SingleStepper(AdamWStepper):
         else:
             self._scaler.scale(loss).backward()
             self._scaler.unscale_(self._optimizer)
-        norm = nn.utils.get_total_norm(self._fill())
+        norm = total_norm(self._fill())
         self._clip(norm)
         return loss.detach().float(), norm
-
-
-def _load_update_kernels(device: torch.device) -> None:
-    """Have AdamW's kernels loaded, which must not happen while a graph is recorded, on a parameter of no one."""
-    parameter = nn.Parameter(torch.zeros(1, device=device))
-    parameter.grad = torch.zeros_like(parameter, requires_grad=False)
-    torch.optim.AdamW([parameter], lr=torch.zeros((), device=device), fused=True, capturable=True).step()
 
 
 def check_groups(

@@ -78,6 +78,10 @@ class TrainConfig:
     checkpoint_seconds: float = field(default=60.0, metadata={"in_key": False})
     """Seconds after which the state of an unfinished block is stored at the end of an epoch."""
 
+    compile: Literal["auto", "always", "never"] = field(default="auto", metadata={"in_key": False})
+    """Whether steps go through torch.compile, on one process a block. Auto: on a GPU, for blocks wide enough to repay
+    the minute that it takes once. Like the kind of device, it changes how values in between are rounded."""
+
     def __post_init__(self) -> None:
         counts = {
             name: getattr(self, name) for name in ("epochs", "sequences", "sequence_length", "batch_size", "segments")

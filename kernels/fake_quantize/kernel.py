@@ -131,15 +131,16 @@ def backward_triton(
     *,
     needs_x: bool,
     needs_grid: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients for x [R, C], scale and zero point [NUM] float32, each where it is needed.
+    """Return the gradients for x [R, C] (in `dtype` or else x's), scale and zero point [NUM] float32, where needed.
 
     As `forward_triton`; grad contiguous too.
     """
     rows, columns = x_RC.shape
     chunks, block_rows, block_columns = _tiling(rows, columns)
     with_zero = needs_grid and zero_point is not None
-    dx = torch.empty_like(x_RC) if needs_x else None
+    dx = torch.empty_like(x_RC, dtype=dtype) if needs_x else None
     dscale = torch.empty((rows, chunks), dtype=torch.float32, device=x_RC.device) if needs_grid else None
     dzero = torch.empty((rows, chunks), dtype=torch.float32, device=x_RC.device) if with_zero else None
     unused = scale

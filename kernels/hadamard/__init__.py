@@ -1,5 +1,7 @@
 """Orthonormal Hadamard transform of the last axis, perhaps fused with what stands around it in a model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def has_hadamard(n: int) -> bool:
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
-    """Return x @ H, H the orthonormal Hadamard matrix of the last axis' size.
+    """Return x @ H, H the orthonormal Hadamard matrix of the last axis' size; under autocast in its type, as a product.
 
     Args:
         x: [..., n] floating point, n with a known order (`hadamard_factors`).
@@ -32,7 +34,33 @@ def hadamard_transform(x: Tensor) -> Tensor:
     """
     if not x.is_floating_point():
         raise KernelInputError(f"hadamard_transform needs a floating-point tensor, got {x.dtype}")
-    return hadamard_transform_reference(x)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    return _hadamard_transform(x, False)
+
+
+@torch.library.custom_op("prefixquant::hadamard_transform", mutates_args=())
+def _hadamard_transform(x: Tensor, transposed: bool) -> Tensor:
+    """Return x @ H, or x @ H^T. An op of its own: torch.compile must not look for the table of matrices."""
+    y = hadamard_transform_reference(x, transposed=transposed).contiguous()
+    return y.clone() if x.shape[-1] == 1 else y  # an operator never returns its argument
+
+
+@_hadamard_transform.register_fake
+def _(x: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _remember_transposed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.transposed = inputs[1]
+
+
+def _transform_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _hadamard_transform(grad, not ctx.transposed), None
+
+
+_hadamard_transform.register_autograd(_transform_back, setup_context=_remember_transposed)
 
 
 def hadamard_quantize(

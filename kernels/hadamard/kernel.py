@@ -135,11 +135,6 @@ def hadamard_kernel(
             tl.store(y + o_y, _codes(b_y, factor, LOW, HIGH).to(y.dtype.element_ty), mask=m)
 
 
-@lru_cache(maxsize=64)
-def _transposed(factors: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return hadamard_matrix(factors, dtype, device).T.contiguous()
-
-
 @lru_cache(maxsize=256)
 def _axes(n: int) -> tuple[tuple[int, ...], ...]:
     """Return the factors of n as one axis or two, so cut that the filled-up tile is smallest, then squarest."""
@@ -175,16 +170,17 @@ def hadamard_triton(
     bits: int = 4,
     codes: torch.dtype | None = None,
     launch: dict[str, int] | None = None,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Transform rows [R, n] with contiguous columns, of silu(x) * up if `up` is given.
+    """Transform rows [R, n] with contiguous columns, of silu(x) * up if `up` is given, by H or its transpose.
 
     Without `codes` returns the transform and None; else codes of that type and their scale, as `quantize` does.
     """
     rows, n = x.shape
     axes = _axes(n)
-    last = hadamard_matrix(axes[-1], x.dtype, x.device)
+    last = hadamard_matrix(axes[-1], x.dtype, x.device, transposed=transposed)
     two = len(axes) == 2
-    first = _transposed(axes[0], x.dtype, x.device) if two else last
+    first = hadamard_matrix(axes[0], x.dtype, x.device, transposed=not transposed) if two else last
     a, b = (math.prod(axes[0]), math.prod(axes[-1])) if two else (1, n)
     padded = [_side(axis) for axis in axes]
     block_a, block_b = padded if two else (max(16, min(64, 8192 // padded[0])), padded[0])

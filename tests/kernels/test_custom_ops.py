@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import prefixquant.kernels.fake_quantize  # noqa: F401 - registers its operators
 from prefixquant.kernels.gemm import add_channels, quantized_linear, quantized_products
 from prefixquant.kernels.hadamard import hadamard_quantize
 from prefixquant.kernels.int4 import pack_int4
@@ -38,6 +39,16 @@ def samples():
         "linear added": (
             OPS.linear,
             (narrow, ONE, weight, torch.ones(6), torch.ones(6), randn(2, 3, 6).bfloat16(), torch.bfloat16),
+        ),
+        "hadamard": (OPS.hadamard_transform, (x.clone().requires_grad_(), False)),
+        "hadamard turned": (OPS.hadamard_transform, (x.transpose(0, 1).requires_grad_(), True)),
+        "fake quantize": (
+            OPS.fake_quantize,
+            (x.transpose(0, 1).requires_grad_(), ONE.clone().requires_grad_(), None, -8, 7, torch.bfloat16),
+        ),
+        "fake quantize backward": (
+            OPS.fake_quantize_backward,
+            (x.transpose(0, 1), x.transpose(0, 1), ONE, ONE * 3, 0, 15, True, True, torch.bfloat16),
         ),
         "linear of values": (OPS.linear, (x, None, weight, torch.ones(6), None, None, torch.float32)),
         "products": (OPS.products, (narrow.to(torch.float8_e4m3fn), ONE, weight, torch.bfloat16)),
