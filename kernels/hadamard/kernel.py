@@ -180,7 +180,7 @@ def hadamard_triton(
     axes = _axes(n)
     last = hadamard_matrix(axes[-1], x.dtype, x.device, transposed=transposed)
     two = len(axes) == 2
-    first = hadamard_matrix(axes[0], x.dtype, x.device, transposed=not transposed) if two else last  # from the left
+    first = hadamard_matrix(axes[0], x.dtype, x.device, transposed=not transposed) if two else last
     a, b = (math.prod(axes[0]), math.prod(axes[-1])) if two else (1, n)
     padded = [_side(axis) for axis in axes]
     block_a, block_b = padded if two else (max(16, min(64, 8192 // padded[0])), padded[0])
