@@ -193,16 +193,16 @@ def _profiled(step: Callable[[], Any], synchronize: Callable[[], None], device: 
             launches += 1
         elif event.name == "aten::_local_scalar_dense":
             waits += 1
-    alone = _length(collectives + others) - _length(others)
+    alone = union_length(collectives + others) - union_length(others)
     return {
-        "communication": _length(collectives) / 1e6 / steps,
+        "communication": union_length(collectives) / 1e6 / steps,
         "exposed": alone / 1e6 / steps,
         "launches": launches // steps,
         "waits": waits // steps,
     }
 
 
-def _length(intervals: Sequence[tuple[float, float]]) -> float:
+def union_length(intervals: Sequence[tuple[float, float]]) -> float:
     """Return how much the union of intervals covers."""
     total, end = 0.0, float("-inf")
     for first, last in sorted(intervals):
