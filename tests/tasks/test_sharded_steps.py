@@ -1,5 +1,6 @@
 """Ranks that own rows of every weight take the steps of a single process."""
 
+import socket
 import sys
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import torch
 from ray import cloudpickle
 
 from prefixquant.cluster.process_group import process_group
-from prefixquant.cluster.worker_group import run_group
+from prefixquant.cluster.worker_group import Membership, run_group
 from prefixquant.tasks.losses import mse
 from prefixquant.tasks.model.modules import SiteLinear
 from prefixquant.tasks.model.quantizer import round_to_nearest
@@ -225,3 +226,26 @@ def test_half_precision_is_that_of_a_single_process(outcomes, single, size, prec
     # Same autocast, other sums: bf16 rounds activations and the gradients that travel by 0.4 %, fp16 by 0.05 %.
     torch.testing.assert_close(got, wanted, rtol={"bf16": 0.02, "fp16": 0.005}[precision], atol=0)
     assert got.tolist() != outcomes[size]["channel"].history
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_with_its_collectives_takes_the_steps_of_the_eager_loop(precision):
+    device, histories = torch.device("cuda"), []
+    for ranks in (None, False, True):
+        module, groups = problem(SPECS["channel"])
+        module.to(device)
+        with socket.create_server(("127.0.0.1", 0)) as place:
+            port = place.getsockname()[1]
+        with process_group(Membership(0, 1, "127.0.0.1", port), device):
+            chosen = SingleRank(cuda_graph=False) if ranks is None else ShardedRanks(cuda_graph=ranks)
+            stepper = chosen.stepper(module, groups, gradient_clip=CLIP, precision=precision)
+            history = []
+            for step, batch in enumerate(data()):
+                stepper.set_learning_rates([1e-3 / (step + 1)] * len(groups))
+                history.append([float(each) for each in stepper.step(*(each.to(device) for each in batch))])
+        histories.append(torch.tensor(history))
+    single, eager, graphed = histories
+    torch.testing.assert_close(graphed, eager, rtol=1e-5, atol=0)
+    torch.testing.assert_close(eager, single, rtol={"fp32": 1e-4, "bf16": 0.02}[precision], atol=0)
