@@ -13,7 +13,7 @@ from prefixquant.kernels.errors import KernelInputError
 
 from .reference import backward_reference, forward_reference
 
-__all__ = ["fake_quantize"]
+__all__ = ["fake_quantize", "fake_quantize_gradients"]
 
 
 def fake_quantize(
@@ -44,6 +44,12 @@ def fake_quantize(
     """
     _check(x, scale, zero_point, low, high, dtype)
     return _fake_quantize(x, scale, zero_point, low, high, dtype or x.dtype)
+
+
+def fake_quantize_gradients(grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients for x and scale of `fake_quantize(x, scale, None, low, high)`."""
+    dx, dscale, _ = _fake_quantize_backward(grad, x, scale, None, low, high, True, True, x.dtype)
+    return dx, dscale
 
 
 def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype | None) -> None:

@@ -94,10 +94,11 @@ def hadamard_kernel(
 
 def fits(n: int) -> bool:
     """Return whether a row of n values fits a program."""
-    return math.prod(_padded(n)) <= MAX_TILE
+    return math.prod(padded(n)) <= MAX_TILE
 
 
-def _padded(n: int) -> list[int]:
+def padded(n: int) -> list[int]:
+    """Return the sizes of a tile's axes."""
     return [max(16, triton.next_power_of_2(math.prod(axis))) for axis in hadamard_axes(n)]
 
 
@@ -120,8 +121,8 @@ def hadamard_triton(
     *first, last = (hadamard_matrix(axis, x.dtype, x.device, transposed=transposed) for axis in axes)
     two = len(axes) == 2
     a, b = (math.prod(axes[0]), math.prod(axes[-1])) if two else (1, n)
-    padded = _padded(n)
-    block_a, block_b = padded if two else (max(16, min(64, 8192 // padded[0])), padded[0])
+    tile = padded(n)
+    block_a, block_b = tile if two else (max(16, min(64, 8192 // tile[0])), tile[0])
     dynamic = codes is not None and scale is None
     y = torch.empty(rows, n, dtype=codes or x.dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if dynamic else scale
