@@ -25,6 +25,7 @@ def _round(x):
 
 @triton.jit
 def row_codes(b_x, b_s, b_z, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Return x / scale, the codes minus the zero point, and where the code was within range."""
     ratio = tl.div_rn(b_x, b_s)  # the default division is off by up to two units in the last place
     raw = _round(ratio) + b_z
     # Two choices instead of minimum and maximum, which would make a NaN a code.
@@ -155,4 +156,6 @@ def backward_triton(
 
 def _by_scale(partial: Tensor | None, scale: Tensor) -> Tensor | None:
     """Return the partial sums [R, CHUNKS] added up for each scale."""
-    return None if partial is None else partial.view(-1, scale.numel(), partial.shape[1]).sum((0, 2))
+    if partial is None or partial.numel() == scale.numel():
+        return None if partial is None else partial.view(-1)
+    return partial.view(-1, scale.numel(), partial.shape[1]).sum((0, 2))
