@@ -43,6 +43,9 @@ def fake_quantize(
         KernelInputError: types, shapes, devices or code range do not fit.
     """
     _check(x, scale, zero_point, low, high, dtype)
+    if torch.compiler.is_compiling() and dtype not in (None, x.dtype) and scale.ndim == 0:
+        traced: Tensor = _Traced.apply(x, scale, zero_point, low, high, dtype)
+        return traced
     return _fake_quantize(x, scale, zero_point, low, high, dtype or x.dtype)
 
 
@@ -166,6 +169,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _fake_quantize.register_autograd(_backward, setup_context=_save)
+
+
+class _Traced(torch.autograd.Function):
+    """The references, for torch.compile to merge with what makes x: a float32 x under autocast comes from a norm, and an
+    operator of its own would have it written and read again, once each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: Any) -> Any:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.low, ctx.high = low, high
+        return forward_reference(x, scale, zero_point, low, high, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, scale, zero_point = ctx.saved_tensors
+        dx, dscale, dzero = backward_reference(grads[0], x, scale, zero_point, ctx.low, ctx.high)
+        return dx, dscale, None if zero_point is None else dzero, None, None, None
 
 
 def _span(x: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]:
