@@ -172,8 +172,10 @@ _fake_quantize.register_autograd(_backward, setup_context=_save)
 
 
 class _Traced(torch.autograd.Function):
-    """The references, for torch.compile to merge with what makes x: a float32 x under autocast comes from a norm, and an
-    operator of its own would have it written and read again, once each way."""
+    """The references, for torch.compile to merge with what makes x.
+
+    A float32 x under autocast comes from a norm, and an operator of its own would have it written and read once more.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: Any) -> Any:
