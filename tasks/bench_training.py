@@ -101,7 +101,9 @@ def main() -> None:
     shape = SHAPES[args.shape]
     block, prefix, groups = build(shape, device)
     generator = torch.Generator(device).manual_seed(1)
-    batch = [torch.randn(args.batch_size, args.length, shape.hidden, generator=generator, device=device) for _ in "xy"]
+    size = args.batch_size, args.length, shape.hidden
+    # In bfloat16, as streams of a bfloat16 model are kept.
+    batch = [torch.randn(size, generator=generator, device=device).bfloat16() for _ in "xy"]
     module = BlockLoss(block, prefix, mse, compiled=args.compile)
     stepper = SingleRank(cuda_graph=not args.eager).stepper(module, groups, gradient_clip=0.3, precision="bf16")
     stepper.set_learning_rates([1e-5] * len(groups))

@@ -12,7 +12,7 @@ from torch import Tensor
 _UPDATE_BLOCK = 2048
 """Values of a program: 16 a thread of each of the four tensors, four loads of 16 bytes each."""
 
-_SQUARES_BLOCK = 8192
+_SQUARES_BLOCK = 16384
 
 
 @triton.jit
@@ -97,10 +97,12 @@ def adamw_triton(
 
 def total_norm_triton(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm of all values together; sums are added in a fixed order."""
-    counts = [triton.cdiv(each.numel(), _SQUARES_BLOCK) for each in tensors]
+    # There are many small ones, and a launch takes longer than they do: they go together.
+    small = [each.flatten().float() for each in tensors if each.numel() <= _SQUARES_BLOCK]
+    parts = [each for each in tensors if each.numel() > _SQUARES_BLOCK] + ([torch.cat(small)] if small else [])
+    counts = [triton.cdiv(each.numel(), _SQUARES_BLOCK) for each in parts]
     partial = torch.empty(sum(counts), dtype=torch.float32, device=tensors[0].device)
-    for each, part in zip(tensors, partial.split(counts), strict=True):
-        if not len(part):
-            continue
-        _squares_kernel[(len(part),)](each.contiguous(), part, each.numel(), BN=_SQUARES_BLOCK, num_warps=8)
+    for each, sums in zip(parts, partial.split(counts), strict=True):
+        if len(sums):
+            _squares_kernel[(len(sums),)](each.contiguous(), sums, each.numel(), BN=_SQUARES_BLOCK, num_warps=8)
     return partial.sum().sqrt()

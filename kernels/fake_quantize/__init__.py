@@ -13,7 +13,7 @@ from prefixquant.kernels.errors import KernelInputError
 
 from .reference import backward_reference, forward_reference
 
-__all__ = ["fake_quantize"]
+__all__ = ["fake_quantize", "fake_quantize_gradients"]
 
 
 def fake_quantize(
@@ -43,7 +43,16 @@ def fake_quantize(
         KernelInputError: types, shapes, devices or code range do not fit.
     """
     _check(x, scale, zero_point, low, high, dtype)
+    if torch.compiler.is_compiling() and dtype not in (None, x.dtype) and scale.ndim == 0:
+        traced: Tensor = _Traced.apply(x, scale, zero_point, low, high, dtype)
+        return traced
     return _fake_quantize(x, scale, zero_point, low, high, dtype or x.dtype)
+
+
+def fake_quantize_gradients(grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients for x and scale of `fake_quantize(x, scale, None, low, high)`."""
+    dx, dscale, _ = _fake_quantize_backward(grad, x, scale, None, low, high, True, True, x.dtype)
+    return dx, dscale
 
 
 def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype | None) -> None:
@@ -160,6 +169,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _fake_quantize.register_autograd(_backward, setup_context=_save)
+
+
+class _Traced(torch.autograd.Function):
+    """The references, for torch.compile to merge with what makes x.
+
+    A float32 x under autocast comes from a norm, and an operator of its own would have it written and read once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: Any) -> Any:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.low, ctx.high = low, high
+        return forward_reference(x, scale, zero_point, low, high, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, scale, zero_point = ctx.saved_tensors
+        dx, dscale, dzero = backward_reference(grads[0], x, scale, zero_point, ctx.low, ctx.high)
+        return dx, dscale, None if zero_point is None else dzero, None, None, None
 
 
 def _span(x: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]:

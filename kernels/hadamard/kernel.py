@@ -136,7 +136,7 @@ def hadamard_kernel(
 
 
 @lru_cache(maxsize=256)
-def _axes(n: int) -> tuple[tuple[int, ...], ...]:
+def kernel_axes(n: int) -> tuple[tuple[int, ...], ...]:
     """Return the factors of n as one axis or two, so cut that the filled-up tile is smallest, then squarest."""
     factors = [factor for axis in hadamard_axes(n) for factor in axis]
     if n <= MAX_POWER:
@@ -156,8 +156,13 @@ def _side(axis: tuple[int, ...]) -> int:
 
 def fits(n: int, dtype: torch.dtype) -> bool:
     """Return whether a row of n values fits a program: its tile the registers, the matrices the shared memory."""
-    sides = [_side(axis) for axis in _axes(n)]
+    sides = [_side(axis) for axis in kernel_axes(n)]
     return math.prod(sides) <= MAX_TILE and sum(side * side for side in sides) * dtype.itemsize <= MAX_MATRICES
+
+
+def padded(n: int) -> list[int]:
+    """Return the sizes of a tile's axes."""
+    return [_side(axis) for axis in kernel_axes(n)]
 
 
 def hadamard_triton(
@@ -177,13 +182,13 @@ def hadamard_triton(
     Without `codes` returns the transform and None; else codes of that type and their scale, as `quantize` does.
     """
     rows, n = x.shape
-    axes = _axes(n)
+    axes = kernel_axes(n)
     last = hadamard_matrix(axes[-1], x.dtype, x.device, transposed=transposed)
     two = len(axes) == 2
     first = hadamard_matrix(axes[0], x.dtype, x.device, transposed=not transposed) if two else last
     a, b = (math.prod(axes[0]), math.prod(axes[-1])) if two else (1, n)
-    padded = [_side(axis) for axis in axes]
-    block_a, block_b = padded if two else (max(16, min(64, 8192 // padded[0])), padded[0])
+    tile = padded(n)
+    block_a, block_b = tile if two else (max(16, min(64, 8192 // tile[0])), tile[0])
     dynamic = codes is not None and scale is None
     y = torch.empty(rows, n, dtype=codes or x.dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if dynamic else scale

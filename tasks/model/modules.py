@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from prefixquant.kernels.hadamard import hadamard_transform
+from prefixquant.kernels.hadamard import hadamard_fake_quantize, hadamard_transform
 from prefixquant.tasks.model.quantizer import SiteQuantizer
 from prefixquant.tasks.model.sharded_product import sharded_product
 
@@ -29,6 +29,15 @@ class Site(nn.Module):
         self.quantizer = quantizer
         self.enabled = True
         self.observer: Any = None
+
+    @property
+    def is_static_tensor(self) -> bool:
+        """Whether all it does is to quantize on one fixed symmetric grid, as the transform before it can as well."""
+        quantizer = self.quantizer
+        if quantizer is None or self.observer is not None or not self.enabled:
+            return False
+        spec = quantizer.spec
+        return spec.mode == "static" and spec.symmetric and quantizer.parameter_shape() == ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x, on its quantization grid if there is a quantizer and it is enabled."""
@@ -74,6 +83,9 @@ class SiteLinear(nn.Module):
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
         if self.hadamard:
+            if self.site is not None and self.site.is_static_tensor:
+                quantizer: Any = self.site.quantizer
+                return hadamard_fake_quantize(x_BTD, quantizer.scale, *quantizer.code_range)
             x_BTD = hadamard_transform(x_BTD)
         return x_BTD if self.site is None else self.site(x_BTD)
 

@@ -91,6 +91,11 @@ class SiteQuantizer(nn.Module):
             return (groups, 1) if self.spec.granularity == "group" else ()
         return (self.heads, 1, groups, 1) if self.spec.granularity == "group" else (self.heads, 1, 1)
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        return code_range(self.spec.bits, self.spec.symmetric)
+
     def grouped(self, x: Tensor) -> Tensor:
         """Return x with its last axis split into groups, if the granularity is `group`."""
         return x.unflatten(-1, (-1, self.spec.group_size)) if self.spec.group_size else x

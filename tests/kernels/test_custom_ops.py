@@ -42,6 +42,12 @@ def samples():
         ),
         "hadamard": (OPS.hadamard_transform, (x.clone().requires_grad_(), False)),
         "hadamard turned": (OPS.hadamard_transform, (x.transpose(0, 1).requires_grad_(), True)),
+        "hadamard of heads": (OPS.hadamard_transform, (randn(2, 5, 3, 16).transpose(1, 2).requires_grad_(), True)),
+        "hadamard, fake quantize": (
+            OPS.hadamard_fake_quantize,
+            (x.transpose(0, 1).requires_grad_(), ONE.clone().requires_grad_(), -8, 7),
+        ),
+        "hadamard, fake quantize backward": (OPS.hadamard_fake_quantize_backward, (x, x, ONE, -8, 7)),
         "fake quantize": (
             OPS.fake_quantize,
             (x.transpose(0, 1).requires_grad_(), ONE.clone().requires_grad_(), None, -8, 7, torch.bfloat16),
