@@ -195,7 +195,11 @@ class _Builder:
     def _folded(self, block: int | None) -> RotateConfig:
         """Return what of the rotations changes weights: R3 none, and R1 alone those of the ends."""
         rotate = self.recipe.rotate
-        return replace(rotate, r3=False) if block is not None else replace(rotate, r2=None, r3=False, r4=False)
+        return (
+            replace(rotate, r3=False)
+            if block is not None
+            else replace(rotate, r2=None, r3=False, r4=False, r4_block=None)
+        )
 
     def _quantized(self, find: FindPrefixConfig, suffix: str) -> list[Node]:
         """Return prefix, calibration, streams and blocks, their names ending in `suffix`."""

@@ -213,7 +213,7 @@ class Recipe:
     @property
     def transforms(self) -> OnlineTransforms:
         """The transforms that the quantized model runs with."""
-        return OnlineTransforms(r3=self.rotate.r3, r4=self.rotate.r4)
+        return OnlineTransforms(r3=self.rotate.r3, r4=self.rotate.r4, r4_block=self.rotate.r4_block)
 
     @property
     def calibration_text(self) -> TextConfig:

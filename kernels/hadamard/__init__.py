@@ -23,18 +23,23 @@ def has_hadamard(n: int) -> bool:
     return True
 
 
-def hadamard_transform(x: Tensor) -> Tensor:
-    """Return x @ H, H the orthonormal Hadamard matrix of the last axis' size.
+def hadamard_transform(x: Tensor, block: int | None = None) -> Tensor:
+    """Return x @ H, H the orthonormal Hadamard matrix of the last axis' size, or block-diagonal in such matrices.
 
     Args:
         x: [..., n] floating point, n with a known order (`hadamard_factors`).
+        block: size of a block of H, a divisor of n with a known order; None: one block of n.
 
     Raises:
-        KernelInputError: x is not floating point, or n has no known Hadamard matrix.
+        KernelInputError: x is not floating point, or block does not divide n, or its size has no known matrix.
     """
     if not x.is_floating_point():
         raise KernelInputError(f"hadamard_transform needs a floating-point tensor, got {x.dtype}")
-    return hadamard_transform_reference(x)
+    if block is None:
+        return hadamard_transform_reference(x)
+    if x.shape[-1] % block:
+        raise KernelInputError(f"hadamard_transform: blocks of {block} do not divide the {x.shape[-1]} channels")
+    return hadamard_transform_reference(x.unflatten(-1, (-1, block))).flatten(-2)
 
 
 def hadamard_quantize(

@@ -91,7 +91,12 @@ def hadamard_matrix(factors: tuple[int, ...], dtype: torch.dtype, device: torch.
 
 
 def hadamard_transform_reference(x: Tensor) -> Tensor:
-    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size; same shape and dtype as x."""
+    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size; same shape and dtype as x.
+
+    On a CPU float32 is transformed in float64 and rounded once, so that other implementations give the same bits.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return hadamard_transform_reference(x.double()).float()
     shape = x.shape
     *first, last = hadamard_axes(shape[-1])
     y = x.reshape(-1, math.prod(last)) @ hadamard_matrix(last, x.dtype, x.device)

@@ -168,7 +168,11 @@ class _Loader:
             hadamard=self.transforms.r3,
         )
         mlp = CodedMLP(
-            product(family.gate, family.up), product(family.down), self._site(own, DOWN_INPUT), self.transforms.r4
+            product(family.gate, family.up),
+            product(family.down),
+            self._site(own, DOWN_INPUT),
+            self.transforms.r4,
+            self.transforms.r4_block,
         )
         layer.set_submodule(family.attention, new)
         layer.set_submodule(family.gate.rsplit(".", 1)[0], mlp)

@@ -49,8 +49,10 @@ class InputSite(nn.Module):
             *quantize(x, self.scale, clip_ratio=self.clip_ratio, gain=gain, eps=eps, bits=self.bits, layout=self.layout)
         )
 
-    def gated(self, gate: Tensor, up: Tensor, hadamard: bool) -> Coded:
-        """Return silu(gate) * up, through the online Hadamard transform if asked for, as codes."""
+    def gated(self, gate: Tensor, up: Tensor, hadamard: bool, block: int | None = None) -> Coded:
+        """Return silu(gate) * up, through the online Hadamard transform (in blocks) if asked for, as codes."""
+        if hadamard and block is not None:
+            return self._gated_in_blocks(gate, up, block)
         if hadamard and self.bits is not None:
             return Coded(
                 *hadamard_quantize(gate, up, self.scale, clip_ratio=self.clip_ratio, bits=self.bits, layout=self.layout)
@@ -58,6 +60,14 @@ class InputSite(nn.Module):
         if hadamard:
             return Coded(hadamard_transform(nn.functional.silu(gate) * up), None)
         return self(nn.functional.silu(gate) * up)
+
+    def _gated_in_blocks(self, gate: Tensor, up: Tensor, block: int) -> Coded:
+        if self.bits is None or self.scale is None:  # a token's scale looks at all of its blocks
+            transformed = hadamard_transform(nn.functional.silu(gate) * up, block)
+            return Coded(transformed, None) if self.bits is None else self(transformed)
+        parts = (each.unflatten(-1, (-1, block)) for each in (gate, up))
+        codes, scale = hadamard_quantize(*parts, self.scale, bits=self.bits, layout=self.layout)
+        return Coded(codes.flatten(-2), scale)
 
 
 class CodedNorm(nn.Module):
@@ -97,14 +107,17 @@ class CodedLinear(nn.Module):
 class CodedMLP(nn.Module):
     """SwiGLU on codes."""
 
-    def __init__(self, gate_up: CodedLinear, down: CodedLinear, site: InputSite, hadamard: bool) -> None:
+    def __init__(
+        self, gate_up: CodedLinear, down: CodedLinear, site: InputSite, hadamard: bool, block: int | None = None
+    ) -> None:
+        """`block`: channels that the online transform takes together; None: all."""
         super().__init__()
-        self.gate_up, self.down, self.site, self.hadamard = gate_up, down, site, hadamard
+        self.gate_up, self.down, self.site, self.hadamard, self.block = gate_up, down, site, hadamard, block
 
     def forward(self, x: Coded) -> Tensor:
         """Return the block's second addition to the stream, [B, T, D]."""
         gate, up = (part.contiguous() for part in self.gate_up(x).chunk(2, dim=-1))
-        y: Tensor = self.down(self.site.gated(gate, up, self.hadamard))
+        y: Tensor = self.down(self.site.gated(gate, up, self.hadamard, self.block))
         return y
 
 

@@ -104,3 +104,16 @@ def test_wrong_input_of_the_fused_operator_is_refused(change, message):
     arguments = {"x": torch.zeros(4, 8), "scale": torch.tensor(1.0)} | change
     with pytest.raises(KernelInputError, match=message):
         hadamard_quantize(**arguments)
+
+
+def test_hadamard_transform_in_blocks_takes_each_block_alone():
+    x = rows(96)
+    wanted = torch.cat([hadamard_transform(part) for part in x.split(16, dim=-1)], dim=-1)
+    torch.testing.assert_close(hadamard_transform(x, 16), wanted, rtol=0, atol=1e-14)
+    with pytest.raises(KernelInputError, match="blocks of 20 do not divide the 96 channels"):
+        hadamard_transform(x, 20)
+
+
+def test_hadamard_transform_of_float32_on_a_cpu_is_rounded_once():
+    x = rows(1536).float()
+    assert torch.equal(hadamard_transform(x), hadamard_transform(x.double()).float())
