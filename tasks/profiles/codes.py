@@ -110,11 +110,7 @@ def other_rotations(transforms: OnlineTransforms, config: PretrainedConfig) -> d
         "R3": head_size(config) if transforms.r3 else None,
         "R4": (transforms.r4_block or config.intermediate_size) if transforms.r4 else None,
     }
-    return {
-        name: _factors(order)
-        for name, order in wanted.items()
-        if order is not None and not is_sylvester(order)
-    }
+    return {name: _factors(order) for name, order in wanted.items() if order is not None and not is_sylvester(order)}
 
 
 def block_tensors(
@@ -164,7 +160,9 @@ def block_tensors(
         if profile.format == PACKED:
             same = spec.bits == adapted.weights.bits
             packed = f"{name}.weight_packed"
-            tensors[packed] = stored[packed] if same else pack_to_int32(weight.codes.to(torch.int8), adapted.weights.bits)
+            tensors[packed] = (
+                stored[packed] if same else pack_to_int32(weight.codes.to(torch.int8), adapted.weights.bits)
+            )
             tensors[f"{name}.weight_shape"] = torch.tensor(shape, dtype=torch.int64)
         else:
             tensors[f"{name}.weight"] = weight.codes.to(torch.int8)

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import transformers
 from compressed_tensors.modeling import (
+    IMPL_ATTR,
+    QuantizedAttentionImpl,
     initialize_hooked_attention,
     initialize_hooked_kv_cache,
     register_key_hook,
@@ -25,6 +27,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.transform.utils.hadamard import REPO_PATH
 from safetensors import safe_open
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class ExactCausalLM:
@@ -51,6 +54,9 @@ def complete(model, folder):
     attentions = {name: module for name, module in model.named_modules() if name.endswith(".self_attn")}
     if "kv_cache_scheme" in written:
         _quantize_cache(model, attentions, folder, QuantizationArgs(**written["kv_cache_scheme"]))
+    for attention in attentions.values():
+        if not hasattr(attention, IMPL_ATTR):
+            attention.register_module(IMPL_ATTR, AttentionOfPlainQueries(model.config))
     if "transform_config" in written:
         apply_transform_config(model, TransformConfig(**written["transform_config"]))
     others = json.loads((folder / "prefixquant.json").read_text())["export"]["other_rotations"]
@@ -67,6 +73,15 @@ def complete(model, folder):
         if hasattr(attention, "kv_cache") and not _knows_old_name(attention):
             attention.register_forward_pre_hook(_pass_cache_on, with_kwargs=True)
     return model
+
+
+class AttentionOfPlainQueries(QuantizedAttentionImpl):
+    """Attention whose queries can be rotated; compressed-tensors' own would quantize them by the keys' scheme."""
+
+    def forward(self, module, query, key, value, *args, **kwargs):
+        """Return what the model's own attention implementation returns."""
+        own = ALL_ATTENTION_FUNCTIONS[QuantizedAttentionImpl._original_impl]
+        return own(module, query, key, value, *args, **kwargs)
 
 
 def _knows_old_name(attention):

@@ -46,9 +46,7 @@ def plan_exemptions(simulation: Simulation, ids_NT: Tensor) -> Exemptions:
     counts = sorted({min(count, len(ranked)) for count in TRIED})
     variants = [frozenset(ranked[:count]) for count in counts]
     hidden = simulation.hidden_variants(ids_NT, variants)
-    measured = {
-        count: simulation.perplexity(each, ids_NT) for count, each in zip(counts, hidden, strict=True)
-    }
+    measured = {count: simulation.perplexity(each, ids_NT) for count, each in zip(counts, hidden, strict=True)}
     best = min(measured.values())
     fewest = next(count for count in counts if measured[count] <= (1 + TOLERANCE) * best)
     return Exemptions(blocks=tuple(ranked[:fewest]), ratios=tuple(ratios), perplexity=measured)

@@ -85,9 +85,7 @@ def check_parity(
     return parity
 
 
-def _reloaded_logits(
-    model: ExportedModel, profile: Profile, out: Path, ids: Tensor
-) -> tuple[Tensor, dict[str, str]]:
+def _reloaded_logits(model: ExportedModel, profile: Profile, out: Path, ids: Tensor) -> tuple[Tensor, dict[str, str]]:
     has_adapter = profile.prefix == "kv" and bool(model.prefix_token_ids)
     with tempfile.TemporaryDirectory() as scratch:
         ids_file, logits_file, report, job = (

@@ -30,6 +30,9 @@ class Profile:
     format: str = PACKED
     """How compressed-tensors stores the weights."""
 
+    weight_groups: bool = True
+    """Whether the engine takes weights whose scales are shared by groups of inputs."""
+
     weight_bits: int | None = 4
     """Bits of a stored weight; codes of fewer bits are stored in these. None: the recipe's."""
 
@@ -88,6 +91,7 @@ PROFILES = {
             engine="vllm",
             scheme="w8a8-static",
             format=INTEGERS,
+            weight_groups=False,
             weight_bits=8,
             activations="static",
             activation_bits=8,
@@ -98,6 +102,7 @@ PROFILES = {
             engine="vllm",
             scheme="w4a8-static",
             flag="--quantization humming",
+            weight_groups=False,
             activations="static",
             activation_bits=8,
         ),
@@ -141,7 +146,7 @@ def _weights(profile: Profile, weights: WeightSpec | None) -> list[str]:
         problems.append("zero points of weights are not written; set quantize.weights.symmetric=true")
     if profile.weight_bits is not None and weights.bits > profile.weight_bits:
         problems.append(f"its weights have {profile.weight_bits} bits; set quantize.weights.bits={profile.weight_bits}")
-    if weights.granularity == "tensor" or (profile.format == INTEGERS and weights.granularity != "channel"):
+    if weights.granularity == "tensor" or (weights.granularity == "group" and not profile.weight_groups):
         problems.append("weights need a scale a channel; set quantize.weights.granularity=channel")
     return problems
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main(path):
+    """Do the job that a file describes."""
     with open(path) as file:
         job = json.load(file)
     torch.set_num_threads(job["threads"])
