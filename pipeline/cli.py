@@ -17,6 +17,7 @@ from rich.table import Table
 
 from prefixquant.cluster.errors import ArtifactError
 from prefixquant.cluster.jobs import JobError
+from prefixquant.pipeline.cli_export import export
 from prefixquant.pipeline.cli_jobs import job_app, submit
 from prefixquant.pipeline.cli_options import DEFAULT_STORE, JsonOption, Overrides, RecipeArgument, StoreOption
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
@@ -203,6 +204,7 @@ def gc(
     )
 
 
+app.command()(export)
 app.command()(submit)
 app.add_typer(job_app, name="job")
 

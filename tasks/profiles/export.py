@@ -79,7 +79,8 @@ def export_profile(
     out: Path,
     config: ProfileExportConfig,
     *,
-    windows_NT: Tensor | None,
+    planning_NT: Tensor | None,
+    measuring_NT: Tensor | None,
     device: torch.device,
     origin: Mapping[str, Any],
 ) -> ProfileExport:
@@ -90,7 +91,8 @@ def export_profile(
         profile: what is written.
         out: where.
         config: how.
-        windows_NT: token ids on which exemptions are planned and perplexity is measured.
+        planning_NT: windows of token ids on which exemptions are planned.
+        measuring_NT: windows on which perplexity is measured; None: it is not.
         device: where blocks run; the gate runs on the CPU.
         origin: what the card tells of the run: its recipe and the perplexities it measured.
 
@@ -103,17 +105,16 @@ def export_profile(
     model.check(profile)
     warnings = check_target(profile, config.gpu, allow_downgrade=config.allow_downgrade)
     simulation = Simulation(model, profile, device, dtype=model.dtype)
-    windows = None if windows_NT is None else windows_NT[: max(1, MEASURED_TOKENS // windows_NT.shape[1])]
-    exempt, planned = _exemptions(model, profile, config, simulation, windows)
+    exempt, planned = _exemptions(model, profile, config, simulation, _few(planning_NT))
+    windows = _few(measuring_NT)
     start = time.monotonic()
     described = write_profile(model, profile, out, exempt=exempt)
     seconds = time.monotonic() - start
     perplexity = reference = None
     if windows is not None:
-        perplexity = _measured(simulation, windows, exempt, planned)
+        perplexity = _perplexity(simulation, windows, exempt)
         exact = Simulation(model, PROFILES["hf-exact"], device, dtype=model.dtype)
-        same = profile.name == "hf-exact"
-        reference = perplexity if same else _reference(exact, windows)
+        reference = perplexity if profile.name == "hf-exact" else _perplexity(exact, windows)
     parity = check_parity(model, profile, out, exempt) if config.verify else None
     result = ProfileExport(
         profile=profile.name,
@@ -166,14 +167,12 @@ def wants_exemptions(profile: Profile) -> bool:
     return profile.prefix == "tokens" and profile.activations == "static"
 
 
-def _measured(simulation: Simulation, windows_NT: Tensor, exempt: Sequence[int], planned: Exemptions | None) -> float:
-    if planned is not None:
-        return planned.perplexity[len(exempt)]
+def _few(windows_NT: Tensor | None) -> Tensor | None:
+    return None if windows_NT is None else windows_NT[: max(1, MEASURED_TOKENS // windows_NT.shape[1])]
+
+
+def _perplexity(simulation: Simulation, windows_NT: Tensor, exempt: Sequence[int] = ()) -> float:
     return simulation.perplexity(simulation.hidden(windows_NT, exempt), windows_NT)
-
-
-def _reference(exact: Simulation, windows_NT: Tensor) -> float:
-    return exact.perplexity(exact.hidden(windows_NT), windows_NT)
 
 
 def num_parameters(model: ExportedModel) -> int:
