@@ -35,7 +35,7 @@ def materialize(graph: Graph, store: ArtifactStore, folder: Path, num_blocks: in
         ArtifactError: a stored artifact is missing or damaged.
     """
     blocks = graph.nodes["export"].inputs["blocks"]
-    inputs = {
+    inputs: dict[str, str | tuple[str, ...]] = {
         "blocks": tuple(graph.key(blocks[block]) for block in range(num_blocks)),
         "ends": graph.key("rotate[ends]"),
         "prefix": graph.key("prefix"),

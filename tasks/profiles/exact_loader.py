@@ -11,7 +11,9 @@ recognize its attention modules, and the scales are dropped with no more than a 
 
 import inspect
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,6 +29,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.transform.utils.hadamard import REPO_PATH
 from safetensors import safe_open
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -34,7 +37,7 @@ class ExactCausalLM:
     """Stands in for the model's own class, and gives back an instance of that."""
 
     @classmethod
-    def from_pretrained(cls, folder, *args, config=None, **kwargs):
+    def from_pretrained(cls, folder: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Return the model in a local folder, complete; arguments are those of transformers."""
         config = config or transformers.AutoConfig.from_pretrained(folder)
         own = getattr(transformers, config.architectures[0])
@@ -43,11 +46,11 @@ class ExactCausalLM:
         return complete(own.from_pretrained(folder, *args, config=config, **kwargs), folder)
 
     @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModelForCausalLM"):
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
         """Do nothing: the class is not saved again."""
 
 
-def complete(model, folder):
+def complete(model: Any, folder: str | Path) -> Any:
     """Add to a model just loaded from `folder` what transformers left out, in place, and return it."""
     folder = Path(folder)
     written = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -78,24 +81,24 @@ def complete(model, folder):
 class AttentionOfPlainQueries(QuantizedAttentionImpl):
     """Attention whose queries can be rotated; compressed-tensors' own would quantize them by the keys' scheme."""
 
-    def forward(self, module, query, key, value, *args, **kwargs):
+    def forward(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the model's own attention implementation returns."""
         own = ALL_ATTENTION_FUNCTIONS[QuantizedAttentionImpl._original_impl]
         return own(module, query, key, value, *args, **kwargs)
 
 
-def _knows_old_name(attention):
+def _knows_old_name(attention: nn.Module) -> bool:
     return "past_key_values" in inspect.signature(attention.forward).parameters
 
 
-def _pass_cache_on(_module, args, kwargs):
+def _pass_cache_on(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give the attention module the quantizing cache, which compressed-tensors passes under a name of the past."""
     cache = kwargs.pop("past_key_value")
     cache.add_past_key_values(kwargs.get("cache"))
     return args, {**kwargs, "cache": cache}
 
 
-def _quantize_cache(model, attentions, folder, arguments):
+def _quantize_cache(model: Any, attentions: Mapping[str, Any], folder: Path, arguments: QuantizationArgs) -> None:
     """Do what compressed-tensors does for the attention modules it recognizes, and read their scales."""
     shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     for name, attention in attentions.items():
@@ -108,17 +111,17 @@ def _quantize_cache(model, attentions, folder, arguments):
         for scale in ("k_scale", "v_scale"):
             with safe_open(folder / shards[f"{name}.{scale}"], framework="pt") as file:
                 stored = file.get_tensor(f"{name}.{scale}").to(device=some.device, dtype=_float_type(some, model))
-            attention.register_parameter(scale, torch.nn.Parameter(stored, requires_grad=False))
+            attention.register_parameter(scale, nn.Parameter(stored, requires_grad=False))
 
 
-def _float_type(parameter, model):
+def _float_type(parameter: Tensor, model: Any) -> torch.dtype:
     return parameter.dtype if parameter.is_floating_point() else model.dtype
 
 
-_known = {}
+_known: dict[int, Tensor] = {}
 
 
-def rotate(x, orders):
+def rotate(x: Tensor, orders: Sequence[int]) -> Tensor:
     """Return x @ (H_1 (x) H_2 (x) ...) over the last axis, for orthonormal Hadamard matrices of known orders.
 
     Computed in float64 and rounded once. A last axis longer than the product is rotated in blocks.

@@ -7,20 +7,23 @@ JOB is a JSON file: {folder, adapter, loader, dtype, ids, out, report}.
 import importlib.util
 import json
 import sys
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
-def main(path):
+def main(path: str) -> None:
     """Do the job that a file describes."""
     with open(path) as file:
         job = json.load(file)
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=getattr(torch, job["dtype"]))
+    model: Any = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=getattr(torch, job["dtype"]))
     if job["loader"]:
         spec = importlib.util.spec_from_file_location("exact_loader", job["loader"])
+        assert spec is not None
+        assert spec.loader is not None
         loader = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loader)
         model = loader.complete(model, job["folder"])

@@ -65,8 +65,8 @@ class InputSite(nn.Module):
         if self.bits is None or self.scale is None:  # a token's scale looks at all of its blocks
             transformed = hadamard_transform(nn.functional.silu(gate) * up, block)
             return Coded(transformed, None) if self.bits is None else self(transformed)
-        parts = (each.unflatten(-1, (-1, block)) for each in (gate, up))
-        codes, scale = hadamard_quantize(*parts, self.scale, bits=self.bits, layout=self.layout)
+        gates, ups = (each.unflatten(-1, (-1, block)) for each in (gate, up))
+        codes, scale = hadamard_quantize(gates, ups, self.scale, bits=self.bits, layout=self.layout)
         return Coded(codes.flatten(-2), scale)
 
 
