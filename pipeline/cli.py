@@ -63,7 +63,10 @@ def run(
         ranks=ranks,
         quiet=quiet or as_json,
     )
-    summary = run_recipe(load_recipe(recipe, overrides or ()), options)
+    loaded = load_recipe(recipe, overrides or ())
+    for warning in loaded.export.warnings():
+        _say(f"warning: {warning}")
+    summary = run_recipe(loaded, options)
     for failure in summary.tracking_failures:
         _say(f"tracking: {failure}")
     if as_json:

@@ -151,10 +151,15 @@ class ExportConfig:
     """Export such a profile nevertheless."""
 
     def __post_init__(self) -> None:
-        for profile in self.profiles:
-            check_target(find_profile(profile), self.gpu, allow_downgrade=self.allow_downgrade)
+        self.warnings()
         if len(set(self.profiles)) < len(self.profiles):
             raise ConfigError(f"export.profiles names a profile twice: {', '.join(self.profiles)}; name each once")
+
+    def warnings(self) -> list[str]:
+        """Return where an engine silently runs something else than a profile says. Raises ConfigError if refused."""
+        allowed = self.allow_downgrade
+        found = [check_target(find_profile(each), self.gpu, allow_downgrade=allowed) for each in self.profiles]
+        return [message for messages in found for message in messages]
 
     def of(self, profile: str) -> ProfileExportConfig:
         """Return how a profile is exported."""

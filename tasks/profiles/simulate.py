@@ -14,7 +14,7 @@ from prefixquant.tasks.errors import NumericalError
 from prefixquant.tasks.export import ENDS_FILE, PREFIX_FILE, block_file, read_shard
 from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites, run_batched
 from prefixquant.tasks.model.saved import Sites, block_weights
-from prefixquant.tasks.model.sites import DOWN_INPUT, KEYS, VALUES
+from prefixquant.tasks.model.sites import ALL_SITES, DOWN_INPUT, KEYS, VALUES
 from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.profiles.codes import static_scale
 from prefixquant.tasks.profiles.folder import ExportedModel
@@ -64,7 +64,7 @@ class Simulation:
         """Return the parameters of the profile's sites; a dynamic one that the folder does not have clips nothing."""
         activations, before = quantize.activations, self.model.quantize.activations
         found = dict(stored)
-        for site in stored.keys() - {KEYS, VALUES}:
+        for site in set(ALL_SITES) - {KEYS, VALUES}:
             if activations is not None and activations.mode == "static":
                 scale = static_scale(stored[site]["scale"], before, activations)
                 found[site] = {"scale": scale, "zero_point": torch.zeros_like(scale)}

@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.transform import TransformConfig
+from exported import Exported
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -173,6 +174,46 @@ def test_rotate_of_the_loader_is_our_transform():
     x = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(0))
     assert torch.equal(exact_loader.rotate(x, [12, 2, 2, 2]), hadamard_transform(x))
     assert torch.equal(exact_loader.rotate(x, [12, 2]), hadamard_transform(x, 24))
+
+
+FAMILIES = {
+    "llama-biases": {},
+    "llama-tied": {"model.dtype": "bfloat16"},
+    "mistral-window": {"rotate": {"r4_block": 16}},
+    "qwen2-tied": {},
+    "qwen3": {"rotate": {"r4_block": 16}},
+    "qwen3-tied": {"quantize": {"weights": {"bits": 3, "granularity": "group", "group_size": 16}}},
+}
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_every_family_reloads_bit_for_bit(variant, tmp_path):
+    settings = {"prefix": {"tokens": PREFIX_IDS}} | FAMILIES[variant]
+    model = ExportedModel(Exported(tmp_path, variant, settings).folder)
+    profile, out = find_profile("hf-exact"), tmp_path / "out"
+    out.mkdir()
+    write_profile(model, profile, out)
+    loaded = exact_loader.complete(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), out)
+    ids = tiny.random_ids(2, 24)
+    simulation = Simulation(model, profile, tiny.CPU, dtype=torch.float32)
+    with torch.no_grad():
+        found = loaded.eval()(input_ids=ids, **prefix_cache(loaded, simulation)).logits
+    assert torch.equal(found, simulation.logits(simulation.hidden(ids)))
+
+
+def test_weights_alone_export_as_dynamic_activations(tmp_path):
+    model = ExportedModel(
+        Exported(tmp_path, "llama", {"quantize": {"activations": "off"}, "rotate": {"r4": False}}).folder
+    )
+    profile, out = find_profile("vllm-w4a4-dynamic"), tmp_path / "out"
+    out.mkdir()
+    write_profile(model, profile, out)
+    simulation = Simulation(model, profile, tiny.CPU, dtype=torch.float32)
+    ids = tiny.random_ids(2, 24)
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = loaded(input_ids=simulation.with_prefix(ids)).logits[:, -24:]
+    assert torch.equal(found, simulation.logits(simulation.hidden(ids)))
 
 
 def test_profile_is_not_exported_again(plain, tmp_path):
