@@ -17,6 +17,8 @@ Gpu = Literal["sm80", "sm89", "sm90", "sm100", "sm120"]
 GPUS: tuple[Gpu, ...] = get_args(Gpu)
 VERDICTS = ("exact", "real", "simulated", "downgraded", "refused", "dropped")
 EVIDENCE = ("executed", "source")
+ALSO_LOADED_BY = {"vllm": ("sglang",)}
+"""Engines that read the same folders."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,21 +104,22 @@ def losses_text(
     profile: Profile, quantize: QuantizeConfig, transforms: OnlineTransforms, *, has_prefix: bool, exempt: Iterable[int]
 ) -> str:
     """Return `LOSSES.md`: what of the model the engine runs, GPU by GPU, and what it does not."""
-    engine = profile.engine
+    engines = (profile.engine, *ALSO_LOADED_BY.get(profile.engine, ()))
+    versions = ", ".join(version for engine in engines for version in _versions(engine))
     lines = [
-        f"# What {engine} runs of this folder",
+        f"# What {' and '.join(engines)} run of this folder",
         "",
-        f"Profile `{profile.name}`. Recorded from the engine's code ({', '.join(_versions(engine))}); `executed`: its "
-        f"own dispatch was run on this scheme, `source`: it was read. Another version may do otherwise.",
+        f"Profile `{profile.name}`. Recorded from the engines' code ({versions}); `executed`: its own dispatch was run on "
+        f"this scheme, `source`: it was read. Another version may do otherwise.",
         "",
-        "| what | started with | GPU | verdict | what is computed | evidence |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| engine | what | started with | GPU | verdict | what is computed | evidence |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for scheme in (profile.scheme, *parts(quantize, transforms, has_prefix=has_prefix, profile=profile)):
-        for rule in rules_for(engine, scheme):
+        for rule in (rule for engine in engines for rule in rules_for(engine, scheme)):
             flag = f"`{rule.flag}`" if rule.flag else "nothing"
             lines.append(
-                f"| {rule.scheme} | {flag} | {rule.gpu} | **{rule.verdict}** | {rule.runs} | {rule.evidence} |"
+                f"| {rule.engine} | {rule.scheme} | {flag} | {rule.gpu} | **{rule.verdict}** | {rule.runs} | {rule.evidence} |"
             )
     adapted = profile.adapted(quantize)
     lines += ["", "Against the model as it was quantized:", ""]

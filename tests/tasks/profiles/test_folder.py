@@ -1,5 +1,6 @@
 """What is written: read back with the released compressed-tensors and with stock transformers, in this process."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from prefixquant.tasks.model.cache import cache_name
 from prefixquant.tasks.model.saved import saved_weights
 from prefixquant.tasks.profiles import exact_loader
 from prefixquant.tasks.profiles.folder import LOADER, ExportedModel, write_profile
+from prefixquant.tasks.profiles.losses import engine_rules
 from prefixquant.tasks.profiles.profile import INTEGERS, PROFILES, find_profile
 from prefixquant.tasks.profiles.simulate import Simulation
 
@@ -166,6 +168,24 @@ def test_engine_profile_of_a_model_with_r3_leaves_it_out(blocks, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert set(config["quantization_config"]["transform_config"]["config_groups"]) == {"R4"}
     assert "auto_map" not in config
+
+
+def test_transformers_alone_drops_what_the_table_says(blocks, tmp_path):
+    """A version that drops less has its rules in engines.yaml changed, and the card's advice with them."""
+    profile = find_profile("hf-exact")
+    write_profile(blocks, profile, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    attention = loaded.model.layers[0].self_attn
+    knows = "past_key_values" in inspect.signature(attention.forward).parameters  # transformers before 5.24
+    assert hasattr(attention, "k_scale") is knows
+    assert not any("R4" in name for name, _ in loaded.named_modules())
+    simulation = Simulation(blocks, profile, tiny.CPU, dtype=torch.float32)
+    ids = tiny.random_ids(2, 24)
+    with torch.no_grad():
+        found = loaded(input_ids=ids, **prefix_cache(loaded, simulation)).logits
+    assert (found - simulation.logits(simulation.hidden(ids))).abs().max() > 0.1
+    dropped = {rule.scheme for rule in engine_rules() if (rule.engine, rule.verdict) == ("transformers", "dropped")}
+    assert dropped == {"kv-static", "r3", "r4-block", "r4-full"}
 
 
 def test_rotate_of_the_loader_is_our_transform():
