@@ -109,8 +109,8 @@ def losses_text(
     lines = [
         f"# What {' and '.join(engines)} run of this folder",
         "",
-        f"Profile `{profile.name}`. Recorded from the engines' code ({versions}); `executed`: its own dispatch was run on "
-        f"this scheme, `source`: it was read. Another version may do otherwise.",
+        f"Profile `{profile.name}`. Recorded from the engines' code ({versions}); `executed`: its own dispatch was run "
+        f"on this scheme, `source`: it was read. Another version may do otherwise.",
         "",
         "| engine | what | started with | GPU | verdict | what is computed | evidence |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -118,9 +118,8 @@ def losses_text(
     for scheme in (profile.scheme, *parts(quantize, transforms, has_prefix=has_prefix, profile=profile)):
         for rule in (rule for engine in engines for rule in rules_for(engine, scheme)):
             flag = f"`{rule.flag}`" if rule.flag else "nothing"
-            lines.append(
-                f"| {rule.engine} | {rule.scheme} | {flag} | {rule.gpu} | **{rule.verdict}** | {rule.runs} | {rule.evidence} |"
-            )
+            cells = (rule.engine, rule.scheme, flag, rule.gpu, f"**{rule.verdict}**", rule.runs, rule.evidence)
+            lines.append(f"| {' | '.join(cells)} |")
     adapted = profile.adapted(quantize)
     lines += ["", "Against the model as it was quantized:", ""]
     lines += [f"- {each}" for each in _differences(profile, quantize, adapted, sorted(exempt)) or ["nothing is lost"]]
