@@ -36,20 +36,23 @@ def encode(artifact: Artifact) -> dict[str, bytes]:
 def publish_artifact(store: ArtifactStore, key: str, artifact: Artifact, meta: Mapping[str, Any]) -> Manifest:
     """Store the artifact under `key` and return the manifest. Raises ArtifactFormatError and what `publish` raises."""
     if sum(tensor.nbytes for tensor in artifact.tensors.values()) < _LARGE_BYTES:
-        return store.publish(key, encode(artifact), meta=meta)
-    # Large ones go through a file: in memory they would be there twice. In the store's own folder for such files, gc
-    # finds what a killed task left, and a full disk is the store's.
-    parent = Path(store.root, "tmp") if store.is_local else None
-    with _unwritable(store), tempfile.TemporaryDirectory(prefix="large-", dir=_made(parent)) as folder:
-        path = Path(folder, TENSORS)
+        return store.publish(key, {**artifact.large_files, **encode(artifact)}, meta=meta)
+    # Large ones go through a file: in memory they would be there twice.
+    with _unwritable(store), scratch_folder(store) as folder:
+        path = folder / TENSORS
         save_file(_storable(artifact.tensors), path)
-        return store.publish(key, {**_small_files(artifact), TENSORS: path}, meta=meta)
+        return store.publish(key, {**artifact.large_files, **_small_files(artifact), TENSORS: path}, meta=meta)
 
 
-def _made(folder: Path | None) -> Path | None:
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@contextmanager
+def scratch_folder(store: ArtifactStore) -> Iterator[Path]:
+    """Give a folder for large files; in a local store's own folder for such, where gc finds what a killed task left
+    and a full disk is the store's."""
+    parent = Path(store.root, "tmp") if store.is_local else None
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="large-", dir=parent) as folder:
+        yield Path(folder)
 
 
 @contextmanager
@@ -78,7 +81,7 @@ def load_record(store: ArtifactStore, key: str) -> dict[str, Any]:
 
 def _small_files(artifact: Artifact) -> dict[str, bytes]:
     for name in (TENSORS, RECORD):
-        if name in artifact.files:
+        if name in artifact.files or name in artifact.large_files:
             raise ArtifactFormatError(f"an artifact's file cannot be called {name!r}, which is a reserved name")
     try:
         record = json.dumps(artifact.record, allow_nan=False, indent=1)

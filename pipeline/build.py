@@ -1,5 +1,6 @@
 """From a recipe and a model to the graph of a run."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from prefixquant.pipeline.estimates import Shape, estimate
 from prefixquant.pipeline.graph import Graph, Node
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.report import REPORT, ReportNode
+from prefixquant.pipeline.stage_profiles import EXPORT_PROFILE, PROFILE, ProfileNode
 from prefixquant.pipeline.stages import (
     BLOCK,
     CALIBRATE,
@@ -80,7 +82,8 @@ def targets(graph: Graph) -> tuple[str, ...]:
 
     The output folder's shards are the artifacts the export describes, so those are wanted even if the export is there.
     """
-    return ("export", *graph.parents("export"), "report")
+    profiles = (name for name, node in graph.nodes.items() if node.task is EXPORT_PROFILE)
+    return ("export", *graph.parents("export"), *profiles, "report")
 
 
 def check_fit(recipe: Recipe, model: LoadedModel) -> None:
@@ -139,7 +142,7 @@ class _Builder:
         found += self._quantized(recipe.prefix, "")
         if self.training is not None:
             found += [replace(node, estimate=estimate(node, self.shape)) for node in self.training.nodes()]
-        found.append(self._export())
+        found += [self._export(), *self._profiles()]
         evaluated = []
         if recipe.evaluate.full_precision:
             evaluated += self._evaluate("full_precision", "")
@@ -202,7 +205,11 @@ class _Builder:
     def _folded(self, block: int | None) -> RotateConfig:
         """Return what of the rotations changes weights: R3 none, and R1 alone those of the ends."""
         rotate = self.recipe.rotate
-        return replace(rotate, r3=False) if block is not None else replace(rotate, r2=None, r3=False, r4=False)
+        return (
+            replace(rotate, r3=False)
+            if block is not None
+            else replace(rotate, r2=None, r3=False, r4=False, r4_block=None)
+        )
 
     def _quantized(self, find: FindPrefixConfig, suffix: str) -> list[Node]:
         """Return prefix, calibration, streams and blocks, their names ending in `suffix`."""
@@ -288,6 +295,30 @@ class _Builder:
             ),
             inputs={"load": "load", "ends": "rotate[ends]", "prefix": "prefix", "blocks": self._blocks("")},
         )
+
+    def _profiles(self) -> list[Node]:
+        measuring = {"measuring": f"tokens[{self.labels[0]}]"} if self.labels else {}
+        return [
+            self._node(
+                name=f"export[{profile}]",
+                task=EXPORT_PROFILE,
+                config=ProfileNode(
+                    profile=profile,
+                    export=self.recipe.export.of(profile),
+                    recipe=json.dumps(self.recipe.resolved()),
+                ),
+                inputs={
+                    "export": "export",
+                    "ends": "rotate[ends]",
+                    "prefix": "prefix",
+                    "blocks": self._blocks(""),
+                    "planning": "tokens[search]",
+                    **measuring,
+                },
+                resources=PROFILE,
+            )
+            for profile in self.recipe.export.profiles
+        ]
 
     def _evaluate(self, variant: str, suffix: str) -> list[Node]:
         quantized = variant == "quantized"

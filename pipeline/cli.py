@@ -17,6 +17,7 @@ from rich.table import Table
 
 from prefixquant.cluster.errors import ArtifactError
 from prefixquant.cluster.jobs import JobError
+from prefixquant.pipeline.cli_export import export
 from prefixquant.pipeline.cli_jobs import job_app, submit
 from prefixquant.pipeline.cli_options import DEFAULT_STORE, JsonOption, Overrides, RecipeArgument, StoreOption
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
@@ -62,7 +63,10 @@ def run(
         ranks=ranks,
         quiet=quiet or as_json,
     )
-    summary = run_recipe(load_recipe(recipe, overrides or ()), options)
+    loaded = load_recipe(recipe, overrides or ())
+    for warning in loaded.export.warnings():
+        _say(f"warning: {warning}")
+    summary = run_recipe(loaded, options)
     for failure in summary.tracking_failures:
         _say(f"tracking: {failure}")
     if as_json:
@@ -203,6 +207,7 @@ def gc(
     )
 
 
+app.command()(export)
 app.command()(submit)
 app.add_typer(job_app, name="job")
 

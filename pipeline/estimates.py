@@ -122,6 +122,13 @@ def estimate(node: Node, shape: Shape) -> Estimate:
         case "evaluate":
             flops = (forward * shape.blocks + shape.end_parameters) * shape.evaluation_tokens
             work_bytes = shape.end_parameters * shape.bytes_per_weight + 3 * shape.stream_bytes(shape.evaluation_tokens)
+        case "export_profile":
+            parameters = shape.block_parameters * shape.blocks + shape.end_parameters
+            # Planning walks over the blocks five times, measuring twice; the gate holds the model whole, in float32.
+            flops = forward * shape.blocks * (5 * shape.search_tokens + 2 * shape.evaluation_tokens)
+            stored = shape.quantized_block_bytes * shape.blocks + shape.end_parameters * shape.bytes_per_weight
+            work_bytes = 4 * parameters if node.config.export.verify else 4 * shape.block_bytes
+            work_bytes += shape.end_parameters * shape.bytes_per_weight
         case _:
             pass
     return Estimate(

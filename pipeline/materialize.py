@@ -3,11 +3,14 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.artifacts import RECORD, TENSORS
 from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.stage_profiles import EXPORT_PROFILE
 from prefixquant.tasks.errors import PrefixQuantError
 from prefixquant.tasks.export import DESCRIPTION, ENDS_FILE, PREFIX_FILE, block_file
 
@@ -31,24 +34,59 @@ def materialize(graph: Graph, store: ArtifactStore, folder: Path, num_blocks: in
         OutputError: it cannot be written.
         ArtifactError: a stored artifact is missing or damaged.
     """
+    blocks = graph.nodes["export"].inputs["blocks"]
+    inputs: dict[str, str | tuple[str, ...]] = {
+        "blocks": tuple(graph.key(blocks[block]) for block in range(num_blocks)),
+        "ends": graph.key("rotate[ends]"),
+        "prefix": graph.key("prefix"),
+    }
+    profiles = {node.config.profile: name for name, node in graph.nodes.items() if node.task is EXPORT_PROFILE}
+    with new_folder(folder) as temporary:
+        write_exported(store, graph.key("export"), inputs, temporary)
+        for profile, name in profiles.items():
+            _copy_files(store, graph.key(name), temporary / profile)
+
+
+def write_exported(
+    store: ArtifactStore, export_key: str, inputs: Mapping[str, str | tuple[str, ...]], folder: Path
+) -> None:
+    """Write a stored export to a folder that exists; `inputs`: keys of the artifacts it describes, by argument.
+
+    Raises:
+        ArtifactError: a stored artifact is missing or damaged.
+    """
+    _copy_files(store, export_key, folder)
+    shards = {block_file(block): key for block, key in enumerate(inputs["blocks"])}
+    shards[ENDS_FILE] = str(inputs["ends"])
+    prefix = str(inputs["prefix"])
+    if TENSORS in store.manifest(prefix).files:
+        shards[PREFIX_FILE] = prefix
+    for name, key in shards.items():
+        shutil.copyfile(store.local_path(key, TENSORS), folder / name)
+
+
+def _copy_files(store: ArtifactStore, key: str, folder: Path) -> None:
+    """Copy an artifact's files, its record aside, into a folder."""
+    for name in store.manifest(key).files:
+        if name != RECORD:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(store.local_path(key, name), folder / name)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder` to write to, which then takes its place; after an error it is gone.
+
+    Raises:
+        OutputError: it cannot be written, or would replace what is not ours.
+    """
     check_output(folder)
     folder = folder.absolute()
-    blocks = graph.nodes["export"].inputs["blocks"]
-    shards = {block_file(block): graph.key(blocks[block]) for block in range(num_blocks)}
-    shards[ENDS_FILE] = graph.key("rotate[ends]")
-    prefix_key = graph.key("prefix")
-    if TENSORS in store.manifest(prefix_key).files:
-        shards[PREFIX_FILE] = prefix_key
-    export_key = graph.key("export")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            for name in store.manifest(export_key).files:
-                if name != RECORD:
-                    (temporary / name).write_bytes(store.read(export_key, name))
-            for name, key in shards.items():
-                shutil.copyfile(store.local_path(key, TENSORS), temporary / name)
+            yield temporary
             temporary.chmod(0o755)
             _replace(temporary, folder)
         finally:

@@ -19,6 +19,9 @@ from prefixquant.tasks.find_prefix import FindPrefixConfig
 from prefixquant.tasks.gptq import GptqConfig
 from prefixquant.tasks.model.sites import OnlineTransforms
 from prefixquant.tasks.model.spec import QuantizeConfig
+from prefixquant.tasks.profiles.export import ProfileExportConfig, wants_exemptions
+from prefixquant.tasks.profiles.losses import Gpu, check_target
+from prefixquant.tasks.profiles.profile import check_profile, find_profile
 from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.search import SearchConfig
 from prefixquant.tasks.texts import NAMED_SETS, TextConfig, WindowsConfig
@@ -131,6 +134,40 @@ class ExportConfig:
     profile: Literal["prefixquant"] = "prefixquant"
     """Layout of the folder. prefixquant: packed integer weights, scales and prefix, loadable by this project."""
 
+    profiles: tuple[str, ...] = ()
+    """Profiles for other tools, each a folder inside the output folder: hf-exact, vllm-w4a16, vllm-w8a8-static,
+    vllm-w4a8-static, vllm-w4a4-static, vllm-w4a4-dynamic."""
+
+    exempt: tuple[int, ...] | None = None
+    """Blocks whose down_proj stays in 16 bit in static vLLM profiles. null: as few as measurements ask for."""
+
+    verify: bool = True
+    """Load each profile anew with stock tools, whole, and fail if its logits are not those of the simulation."""
+
+    gpu: Gpu | None = None
+    """GPU generation to serve on; a profile that an engine would silently run otherwise there is refused."""
+
+    allow_downgrade: bool = False
+    """Export such a profile nevertheless."""
+
+    def __post_init__(self) -> None:
+        self.warnings()
+        if len(set(self.profiles)) < len(self.profiles):
+            raise ConfigError(f"export.profiles names a profile twice: {', '.join(self.profiles)}; name each once")
+
+    def warnings(self) -> list[str]:
+        """Return where an engine silently runs something else than a profile says. Raises ConfigError if refused."""
+        allowed = self.allow_downgrade
+        found = [check_target(find_profile(each), self.gpu, allow_downgrade=allowed) for each in self.profiles]
+        return [message for messages in found for message in messages]
+
+    def of(self, profile: str) -> ProfileExportConfig:
+        """Return how a profile is exported."""
+        exempt = self.exempt if wants_exemptions(find_profile(profile)) else ()
+        return ProfileExportConfig(
+            exempt=exempt, verify=self.verify, gpu=self.gpu, allow_downgrade=self.allow_downgrade
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
@@ -217,7 +254,7 @@ class Recipe:
     @property
     def transforms(self) -> OnlineTransforms:
         """The transforms that the quantized model runs with."""
-        return OnlineTransforms(r3=self.rotate.r3, r4=self.rotate.r4)
+        return OnlineTransforms(r3=self.rotate.r3, r4=self.rotate.r4, r4_block=self.rotate.r4_block)
 
     @property
     def calibration_text(self) -> TextConfig:
@@ -323,6 +360,11 @@ def _problems(recipe: Recipe) -> list[str]:
     """Return what is out of range in, or contradictory between, the groups of a recipe."""
     quantize, train = recipe.quantize, recipe.train
     problems = []
+    for profile in recipe.export.profiles:
+        try:
+            check_profile(find_profile(profile), quantize, recipe.transforms)
+        except ConfigError as err:
+            problems.append(str(err))
     if not _NAME.fullmatch(recipe.name):
         problems.append(
             f"name must be 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit, got {recipe.name!r}"

@@ -369,6 +369,10 @@ class _Tracked:
                 model = each["model"].replace(" ", "_")
                 text = re.sub(r"[^\w.-]", "_", each["text"])  # what MLflow takes in a name
                 metrics[f"eval/{text}_ppl/{model}"] = each["ppl"]
+            for name, node in self.graph.nodes.items():
+                if node.task.name == "export_profile":
+                    prefix = f"export/{node.config.profile}"
+                    metrics |= {f"{prefix}/{key}": each for key, each in self._stored_metrics(name).items()}
             errors = [block["error"] for block in record["blocks"]]
             metrics["block_error/mean"] = sum(errors) / len(errors)
             metrics |= {f"seconds/{stage}": each for stage, each in _stage_seconds(self.graph, done).items()}

@@ -379,7 +379,7 @@ def run_export(context: TaskContext) -> TaskOutput:
     return TaskOutput(Artifact(record=record, files=files))
 
 
-LOAD = Task(name="load", version=1, run=run_load)
+LOAD = Task(name="load", version=2, run=run_load)
 TOKENS = Task(name="tokens", version=1, run=run_tokens)
 ROTATE = Task(name="rotate", version=1, run=run_rotate)
 PREFIX = Task(name="prefix", version=1, run=run_prefix)

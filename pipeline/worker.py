@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +20,7 @@ from prefixquant.cluster.ray_session import assigned_gpus
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.cluster.worker_group import Membership
 from prefixquant.pipeline.access import Byproduct, InputKeys, LazyInputs, Products
-from prefixquant.pipeline.artifacts import publish_artifact
+from prefixquant.pipeline.artifacts import publish_artifact, scratch_folder
 from prefixquant.pipeline.graph import GraphError, Task
 from prefixquant.pipeline.keys import plain_config
 from prefixquant.tasks.artifact import Artifact
@@ -59,6 +59,9 @@ class TaskContext:
 
     post: Post = post_nothing
     """Tells the run how far the task is."""
+
+    scratch: Callable[[], Path] | None = None
+    """Makes the folder for large files of this task (once); it goes when the artifact is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,14 @@ def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | 
 
 
 def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device, ranks: Ranks) -> NodeResult:
+    with ExitStack() as stack:
+        scratch = cache(lambda: stack.enter_context(scratch_folder(store)))
+        return _run_in(call, store, device, ranks, scratch)
+
+
+def _run_in(
+    call: NodeCall, store: ArtifactStore, device: torch.device, ranks: Ranks, scratch: Callable[[], Path]
+) -> NodeResult:
     start = time.perf_counter()
     assert call.task.run is not None, f"{call.node} can only be yielded"
     wanted = frozenset(label for label, each in call.byproducts.items() if each.wanted)
@@ -194,6 +205,7 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
         products=products,
         ranks=ranks,
         post=lambda text, metrics, step: send({"text": text, "metrics": dict(metrics), "step": step}),
+        scratch=scratch,
     )
     output = call.task.run(context)
     missing = sorted(wanted - output.byproducts.keys() - set(products.stored())) if ranks.rank == 0 else []

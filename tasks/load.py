@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.errors import CheckpointError
@@ -16,6 +16,7 @@ from prefixquant.tasks.model.families import ModelFamily, find_family
 from prefixquant.tasks.rotate import Ends
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class LoadedModel:
     """Token that starts a sequence; None if tokenizer and config name none."""
 
     files: dict[str, bytes]
-    """config.json and the tokenizer's files."""
+    """config.json, generation_config.json and the tokenizer's files."""
     index: dict[str, Any] | None
     """The checkpoint's, see `Checkpoint.index`."""
 
@@ -106,6 +107,10 @@ def load_model(path: str) -> LoadedModel:
         tokenizer.save_pretrained(folder)
         files = {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
     files[CONFIG] = config.to_json_string(use_diff=False).encode()
+    own = Path(path) / GENERATION_CONFIG
+    files[GENERATION_CONFIG] = (
+        own.read_bytes() if own.is_file() else GenerationConfig.from_model_config(config).to_json_string().encode()
+    )
     dtype = str(checkpoint.default_dtype).removeprefix("torch.")
     return LoadedModel(config=config, family=family, dtype=dtype, bos_token_id=bos, files=files, index=checkpoint.index)
 
