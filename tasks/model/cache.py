@@ -28,7 +28,8 @@ class PrefixLayer(DynamicLayer):
         super().__init__()
         self._attention: Any = attention
         if prefix is not None and prefix[0].shape[1]:
-            keys, values = (part.expand(batch_size, *part.shape) for part in prefix)
+            device = next(attention.parameters()).device  # one of several that a model is spread over
+            keys, values = (part.to(device).expand(batch_size, *part.shape) for part in prefix)
             self.lazy_initialization(keys, values)
             self.keys, self.values = keys, values
 
