@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from prefixquant.tasks.model.block import load_sites
-from prefixquant.tasks.model.cache import attach_prefix
-from prefixquant.tasks.model.families import ModelFamily
+from prefixquant.tasks.model.cache import attach_prefix, cache_name, prefix_cache
+from prefixquant.tasks.model.families import ModelFamily, find_family
 from prefixquant.tasks.model.modules import ATTENTION, SiteNorm, register_attention
 from prefixquant.tasks.model.saved import Sites
 from prefixquant.tasks.model.sites import OnlineTransforms, install_sites, sites_of
@@ -76,3 +76,30 @@ def build_model(
     attach_prefix(base, [layer.get_submodule(family.attention) for layer in layers], prefix)
     model.eval().requires_grad_(False)
     return model if len(devices) == 1 else dispatch_model(model, placed)
+
+
+def holds_prefix(model: Any) -> bool:
+    """Return whether a model comes from `build_model`: it puts its prefix, if any, in front by itself."""
+    return hasattr(model, "base_model") and hasattr(model.base_model, "new_prefix_cache")
+
+
+@torch.no_grad()
+def unquantized_logits(model: Any, ids_T: Tensor) -> Tensor:
+    """Return the logits [V] behind the tokens, with the prefix left out and every activation, key and value as it is.
+
+    `model`: from `build_model`. Its weights stay those it has.
+    """
+    family = find_family(model.config.model_type)
+    layers = model.get_submodule(family.blocks)
+    sites = [site for layer in layers for site in sites_of(layer, family).values()]
+    enabled = [site.enabled for site in sites]
+    attentions = [layer.get_submodule(family.attention) for layer in layers]
+    base = model.base_model
+    try:
+        for site in sites:
+            site.enabled = False
+        output = base(ids_T[None].to(model.device), use_cache=True, **{cache_name(base): prefix_cache(attentions, None, 1)})
+        return model.get_submodule(family.head)(output.last_hidden_state[0, -1])
+    finally:
+        for site, before in zip(sites, enabled, strict=True):
+            site.enabled = before
