@@ -1,8 +1,8 @@
 """Tasks of EleutherAI's lm-eval, cut into three: build the requests, answer shares of them, score all answers.
 
-lm-eval itself reads the task, builds the requests (few-shot examples included), turns answers into values a document and
-aggregates them, standard errors included. Only the answering, which takes the time, is spread: a share is whole chunks
-of documents, each chunk is answered by itself, and so no answer depends on how many shares there are.
+lm-eval itself reads the task, builds the requests (few-shot examples included), makes values of a document's answers
+and aggregates them, standard errors included. Only the answering, which takes the time, is spread: a share is whole
+chunks of documents, each chunk is answered by itself, and so no answer depends on how many shares there are.
 """
 
 import contextlib
@@ -85,11 +85,11 @@ class Request:
 
 def check_task_names(names: Sequence[str], folder: Path | None) -> None:
     """Raise ConfigError unless lm-eval, or the folder of task files, has a task, group or tag of each name."""
-    own = _manager(folder, defaults=False).all_tasks if folder is not None else []
+    own = _own_tasks(folder).all_tasks if folder is not None else []
     rest = [name for name in names if name not in own]
     if not rest:
         return
-    known = _manager(None, defaults=True).all_tasks  # takes seconds
+    known = _all_tasks(None).all_tasks
     for name in rest:
         if name not in known:
             near = difflib.get_close_matches(name, [*own, *known], n=3)
@@ -106,7 +106,7 @@ def folder_fingerprint(folder: Path) -> str:
     """
     if not folder.is_dir():
         raise ConfigError(f"evaluate.task_folder {folder} is no folder; give one with lm-eval's YAML files")
-    entries = _manager(folder, defaults=False).task_index
+    entries = _own_tasks(folder).task_index
     if not entries:
         raise ConfigError(f"evaluate.task_folder {folder} holds no task; lm-eval looks for `task: NAME` in *.yaml")
     digest = hashlib.sha256()
@@ -192,7 +192,9 @@ def answer(model: Any, requests: Sequence[Request], shard: int = 0, shards: int 
     for index, each in found.items():
         value = each[0] if isinstance(each, list) else each
         if isinstance(value, float) and math.isnan(value):
-            raise NumericalError(f"task {requests[index].task}, document {requests[index].document}: the logits are NaN")
+            raise NumericalError(
+                f"task {requests[index].task}, document {requests[index].document}: the logits are NaN"
+            )
     return found
 
 
@@ -228,7 +230,8 @@ def score(
 
 
 def _record(name: str, values: Mapping[str, Any], results: Mapping[str, Any], limited: bool) -> dict[str, Any]:
-    metrics, errors = {}, {}
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for key, value in values.items():
         metric, comma, chosen = key.partition(",")
         if not comma or not isinstance(value, int | float):
@@ -278,12 +281,29 @@ def _replay(config: HarnessConfig, requests: Sequence[Request], answers: Mapping
     return Replay()
 
 
-@cache
-def _manager(folder: Path | None, *, defaults: bool) -> Any:
-    """Return lm-eval's index of tasks; with its own 14,000 it takes seconds."""
+def _own_tasks(folder: Path) -> Any:
+    """Return lm-eval's index of a folder of task files."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=folder, include_defaults=defaults)
+    with quiet_lm_eval():
+        return TaskManager(include_path=folder, include_defaults=False)
+
+
+@cache
+def _all_tasks(folder: Path | None) -> Any:
+    """Return lm-eval's index of its own 14,000 tasks, which takes seconds, and those of a folder."""
+    from lm_eval.tasks import TaskManager
+
+    with quiet_lm_eval():
+        return TaskManager(include_path=folder)
+
+
+def _index_with(name: str, folder: Path | None) -> Any:
+    """Return an index that has the task: of the folder alone if that is enough."""
+    own = _own_tasks(folder) if folder is not None else None
+    entry = own.task_index.get(name) if own is not None else None
+    is_task = entry is not None and entry.kind.name in ("TASK", "PY_TASK")  # a group may name tasks of lm-eval
+    return own if is_task else _all_tasks(folder)
 
 
 def _load(config: HarnessConfig, folder: Path | None) -> Any:
@@ -293,9 +313,8 @@ def _load(config: HarnessConfig, folder: Path | None) -> Any:
     random.seed(0)  # the defaults of simple_evaluate, for tasks that draw documents or examples
     np.random.seed(SEED)
     torch.manual_seed(SEED)
-    own = folder is not None and config.name in _manager(folder, defaults=False).all_tasks
     try:
-        loaded = _manager(folder, defaults=not own).load([config.name])
+        loaded = _index_with(config.name, folder).load([config.name])
     except (OSError, ValueError, KeyError) as err:
         check_task_names([config.name], folder)  # says which names there are
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__

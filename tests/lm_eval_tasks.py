@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-_WORDS = "the prefix carries what one static scale per tensor cannot so keep it whole and in front".split()
+_WORDS = ("the", "prefix", "carries", "what", "one", "static", "scale", "cannot", "so", "keep", "it", "in", "front")
 
 _CHOICE = """\
 task: {name}

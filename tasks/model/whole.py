@@ -98,7 +98,9 @@ def unquantized_logits(model: Any, ids_T: Tensor) -> Tensor:
     try:
         for site in sites:
             site.enabled = False
-        output = base(ids_T[None].to(model.device), use_cache=True, **{cache_name(base): prefix_cache(attentions, None, 1)})
+        output = base(
+            ids_T[None].to(model.device), use_cache=True, **{cache_name(base): prefix_cache(attentions, None, 1)}
+        )
         return model.get_submodule(family.head)(output.last_hidden_state[0, -1])
     finally:
         for site, before in zip(sites, enabled, strict=True):

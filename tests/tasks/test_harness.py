@@ -116,7 +116,9 @@ def test_shares_are_disjoint_complete_and_keep_documents_together(folder):
     requests = build_requests(HarnessConfig(name="choice"), folder)
     assert len(requests) == 40 * 3
     for shards in (1, 3, 50):
-        shares = [[index for _, chunk in chunks_of(requests, shard, shards) for index in chunk] for shard in range(shards)]
+        shares = [
+            [index for _, chunk in chunks_of(requests, shard, shards) for index in chunk] for shard in range(shards)
+        ]
         assert Counter(index for share in shares for index in share) == Counter(range(len(requests)))
         documents = [{requests[index].document for index in share} for share in shares]
         assert sum(map(len, documents)) == 40
