@@ -55,10 +55,7 @@ class PrefixModel(HFLM):
         kind = requests[0].kind
         longest = max(len(self.tok_encode("".join(filter(_is_text, each.arguments)))) for each in requests)
         self.batch_size_per_gpu = max(1, min(_MAX_BATCH, BATCH_TOKENS // max(1, min(longest, self.max_length))))
-        instances = [
-            Instance(kind, {}, tuple(each.arguments), 0, (each.task, each.document, 1))
-            for each in requests
-        ]
+        instances = [Instance(kind, {}, tuple(each.arguments), 0, (each.task, each.document, 1)) for each in requests]
         answers = getattr(self, kind)(instances, disable_tqdm=True)
         return [list(each) if isinstance(each, tuple) else each for each in answers]
 

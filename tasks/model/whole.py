@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import dispatch_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -75,7 +74,11 @@ def build_model(
         prefix = (prefix[0].to(devices[0]), prefix[1].to(devices[0]))
     attach_prefix(base, [layer.get_submodule(family.attention) for layer in layers], prefix)
     model.eval().requires_grad_(False)
-    return model if len(devices) == 1 else dispatch_model(model, placed)
+    if len(devices) == 1:
+        return model
+    from accelerate import dispatch_model  # the only need for it
+
+    return dispatch_model(model, placed)
 
 
 def holds_prefix(model: Any) -> bool:

@@ -111,5 +111,5 @@ def test_settings_that_mean_nothing_are_refused(world, overrides, message):
 
 
 def test_a_folder_without_tasks_is_refused_before_anything_runs(done):
-    with pytest.raises(ConfigError, match="evaluate.task_folder .* holds no task"):
+    with pytest.raises(ConfigError, match=r"evaluate\.task_folder .* holds no task"):
         done.run(*TASKS, f"evaluate.task_folder={done.model}")
