@@ -37,7 +37,7 @@ class PerplexityConfig:
             raise ConfigError(f"evaluate.max_windows must be at least 1, got {self.max_windows}")
 
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens of one forward. Part of the result's last digits, so it is no setting: shares cut between batches."""
 
 

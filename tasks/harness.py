@@ -31,7 +31,7 @@ SEED = 1234
 BOOTSTRAP_RESAMPLES = 1000
 """For standard errors that lm-eval has no formula for (perplexities, F1); those of accuracies are exact."""
 
-CHUNK_DOCUMENTS = 16
+CHUNK_DOCUMENTS = 8
 """Documents answered together. Part of the last digits, so it is no setting."""
 
 Answer = Any

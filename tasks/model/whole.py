@@ -78,7 +78,7 @@ def build_model(
         return model
     from accelerate import dispatch_model  # the only need for it
 
-    return dispatch_model(model, placed)
+    return dispatch_model(model, placed, skip_keys=model._skip_keys_device_placement, force_hooks=True)
 
 
 def holds_prefix(model: Any) -> bool:

@@ -6,6 +6,7 @@ from lm_eval_tasks import write_tasks
 from prefixquant.pipeline.artifacts import load_artifact
 from prefixquant.pipeline.tracking import list_runs
 from prefixquant.tasks.errors import ConfigError
+from prefixquant.tasks.evaluate import BATCH_TOKENS
 
 TASKS = ("evaluate.tasks=[choice,continue]", "evaluate.limit=20")
 MANY = ("evaluate.max_windows=null", "evaluate.window=16")
@@ -54,7 +55,7 @@ def test_four_parts_give_the_numbers_of_one_to_the_bit(done, folder):
             for node in (*nodes, "report"):
                 done.store.discard(graph.key(node))
     assert found[0] == found[1]
-    assert found[0][0][0]["windows"] > 4 * 4096 / 16, "less than four batches, so parts without windows"
+    assert found[0][0][0]["windows"] > 4 * BATCH_TOKENS / 16, "less than four batches, so parts without windows"
 
 
 def test_tasks_are_in_report_json_and_mlflow(done, folder):
