@@ -298,12 +298,14 @@ def _all_tasks(folder: Path | None) -> Any:
         return TaskManager(include_path=folder)
 
 
-def _index_with(name: str, folder: Path | None) -> Any:
-    """Return an index that has the task: of the folder alone if that is enough."""
-    own = _own_tasks(folder) if folder is not None else None
-    entry = own.task_index.get(name) if own is not None else None
-    is_task = entry is not None and entry.kind.name in ("TASK", "PY_TASK")  # a group may name tasks of lm-eval
-    return own if is_task else _all_tasks(folder)
+def _load_named(name: str, folder: Path | None) -> Any:
+    """Return lm-eval's loaded tasks, from the folder alone if that is enough."""
+    if folder is not None:
+        own = _own_tasks(folder)
+        if name in own.task_index:
+            with contextlib.suppress(KeyError):  # a group may name tasks of lm-eval
+                return own.load([name])
+    return _all_tasks(folder).load([name])
 
 
 def _load(config: HarnessConfig, folder: Path | None) -> Any:
@@ -314,7 +316,7 @@ def _load(config: HarnessConfig, folder: Path | None) -> Any:
     np.random.seed(SEED)
     torch.manual_seed(SEED)
     try:
-        loaded = _index_with(config.name, folder).load([config.name])
+        loaded = _load_named(config.name, folder)
     except (OSError, ValueError, KeyError) as err:
         check_task_names([config.name], folder)  # says which names there are
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__

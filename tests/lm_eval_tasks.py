@@ -47,9 +47,19 @@ metric_list:
   - {metric: bits_per_byte}
 """
 
+_GROUP = """\
+group: both
+task: [choice, bare]
+aggregate_metric_list:
+  - {metric: acc, aggregation: mean, weight_by_size: true}
+"""
+
 
 def write_tasks(folder: Path, *, documents: int = 40, seed: int = 0) -> Path:
-    """Write the tasks `choice`, `bare` (choices without a question), `continue` and `whole`; return the folder."""
+    """Write the tasks `choice`, `bare` (choices without a question), `continue` and `whole`, and `both`, a group.
+
+    Returns the folder.
+    """
     folder.mkdir()
     rng = random.Random(seed)
 
@@ -64,4 +74,5 @@ def write_tasks(folder: Path, *, documents: int = 40, seed: int = 0) -> Path:
     (folder / "bare.yaml").write_text(_CHOICE.format(name="bare", text=""))
     (folder / "continue.yaml").write_text(_GENERATION)
     (folder / "whole.yaml").write_text(_ROLLING)
+    (folder / "both.yaml").write_text(_GROUP)
     return folder

@@ -112,6 +112,15 @@ def test_shares_give_the_numbers_of_one_to_the_bit(original, folder, name):
         assert measure(model, config, folder, PREFIX, shards) == whole
 
 
+def test_a_group_has_a_record_of_its_own_and_one_for_each_task(original, folder):
+    config = HarnessConfig(name="both", limit=12)
+    records = {each["task"]: each for each in measure(original, config, folder, shards=2)}
+    assert set(records) == {"both", "choice", "bare"}
+    parts = [records[name]["metrics"]["acc"] for name in ("choice", "bare")]
+    assert records["both"]["metrics"]["acc"] == pytest.approx(sum(parts) / 2)
+    assert (records["choice"],) == tuple(measure(original, HarnessConfig(name="choice", limit=12), folder))
+
+
 def test_shares_are_disjoint_complete_and_keep_documents_together(folder):
     requests = build_requests(HarnessConfig(name="choice"), folder)
     assert len(requests) == 40 * 3
