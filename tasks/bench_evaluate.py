@@ -6,6 +6,7 @@ are the same; ends with status 1 if they are not. Needs neither Ray nor lm-eval.
 """
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
@@ -114,9 +115,13 @@ def measure(
     begun = time.time()
     nll_N = model_nlls(model, share_of(windows_NT, shard, shards))  # ends on the CPU: the device is done by then
     ended = time.time()
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    return Share(nll_N, begun, ended, name, torch.cuda.max_memory_allocated(device) if on_gpu else 0)
+    if device.type != "cuda":
+        return Share(nll_N, begun, ended, "CPU", 0)
+    peak = torch.cuda.max_memory_allocated(device)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()  # a single share runs in the main process, and the next ones need the GPU
+    return Share(nll_N, begun, ended, torch.cuda.get_device_name(device), peak)
 
 
 def run(processes: int, device: str, source: str, windows_NT: Tensor) -> tuple[float, float, Perplexity, Share]:
