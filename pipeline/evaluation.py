@@ -17,10 +17,8 @@ from prefixquant.tasks.export import load_quantized, read_description
 from prefixquant.tasks.harness import Answer, HarnessConfig, Request, answer, build_requests, check_task_names, score
 from prefixquant.tasks.load import load_original
 from prefixquant.tasks.processes import run_shards
+from prefixquant.tasks.profiles.prefix_adapter import FOLDER
 from prefixquant.tasks.texts import TextConfig, cut_windows, read_documents, tokenize
-
-ADAPTER = "prefix-adapter"
-"""Folder beside a stock model's files with the prefix as a PEFT adapter."""
 
 
 def evaluate_model(
@@ -122,11 +120,11 @@ def load_any(path: Path, devices: Sequence[torch.device]) -> tuple[Any, list[int
     if description is not None and description.get("profile", "prefixquant") == "prefixquant":
         return load_quantized(path, device=devices), token_ids
     model = load_original(str(path), "auto", devices)
-    if not (path / ADAPTER).is_dir():
+    if not (path / FOLDER).is_dir():
         return model, []
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(path / ADAPTER)).eval(), token_ids
+    return PeftModel.from_pretrained(model, str(path / FOLDER)).eval(), token_ids
 
 
 def _device(device: str | None, gpus: int) -> str:

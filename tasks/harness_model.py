@@ -74,19 +74,33 @@ class PrefixModel(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         """Return contexts [B, T], padded on the left, with what the model writes behind them."""
-        if not holds_prefix(self.model):
+        if not holds_prefix(self.model) and not self._is_adapted:
             return super()._model_generate(context, max_length, stop, **settings)
         batch, prefix = len(context), len(self._prefix)
         mask = settings.pop("attention_mask", torch.ones_like(context))
-        output = super()._model_generate(
-            torch.cat([self._prefix.to(context).expand(batch, -1), context], dim=1),
-            max_length + prefix,
-            stop,
-            attention_mask=torch.cat([mask.new_ones(batch, prefix), mask], dim=1),
-            **{cache_name(self.model.base_model): prefix_cache_for(self.model, batch)},
-            **settings,
-        )
+        whole = self._model
+        if self._is_adapted:
+            # PEFT's own generate hands the cache over under a name that transformers 5.24 no longer looks at.
+            self._model, cache = whole.get_base_model(), whole.get_prompt(batch)
+        else:
+            cache = prefix_cache_for(whole, batch)
+        try:
+            output = super()._model_generate(
+                torch.cat([self._prefix.to(context).expand(batch, -1), context], dim=1),
+                max_length + prefix,
+                stop,
+                attention_mask=torch.cat([mask.new_ones(batch, prefix), mask], dim=1),
+                **{cache_name(self._model.base_model): cache},
+                **settings,
+            )
+        finally:
+            self._model = whole
         return output[:, prefix:]
+
+    @property
+    def _is_adapted(self) -> bool:
+        """Whether the prefix is a PEFT adapter's."""
+        return hasattr(self._model, "get_prompt")
 
 
 def _is_text(value: object) -> bool:
