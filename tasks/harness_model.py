@@ -27,6 +27,8 @@ _MAX_BATCH = 64
 class PrefixModel(HFLM):
     """lm-eval's Hugging Face model, made of a loaded one."""
 
+    _model: Any
+
     def __init__(self, model: Any, tokenizer: Any, prefix_token_ids: Sequence[int] = ()) -> None:
         """Take a causal model, its tokenizer and the ids of the prefix that it puts in front by itself."""
         self._prefix = torch.tensor(prefix_token_ids, dtype=torch.long)
