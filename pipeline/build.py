@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from prefixquant.pipeline.build_evaluation import Evaluation, is_result
 from prefixquant.pipeline.build_training import Training, training_windows
 from prefixquant.pipeline.estimates import Shape, estimate
 from prefixquant.pipeline.graph import Graph, Node
@@ -15,7 +16,6 @@ from prefixquant.pipeline.stages import (
     BLOCK,
     CALIBRATE,
     COMPUTE,
-    EVALUATE,
     EXPORT,
     LOAD,
     PREFIX,
@@ -24,7 +24,6 @@ from prefixquant.pipeline.stages import (
     TOKENS,
     BlockNode,
     CalibrateNode,
-    EvaluateNode,
     ExportNode,
     LoadNode,
     PrefixNode,
@@ -32,6 +31,7 @@ from prefixquant.pipeline.stages import (
     StreamNode,
     TokensNode,
 )
+from prefixquant.pipeline.stages_evaluate import ModelNode
 from prefixquant.tasks.errors import ConfigError, UnsupportedModelError
 from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.find_prefix import FindPrefixConfig
@@ -62,17 +62,18 @@ def load_node(source: Source) -> Node:
     return Node(name="load", task=LOAD, config=LoadNode(fingerprint=source.fingerprint, path=str(source.path)))
 
 
-def build_graph(recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool = False) -> Graph:
+def build_graph(recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool = False, workers: int = 1) -> Graph:
     """Return the graph of a run; its targets are `targets(graph)`.
 
-    `gpu`: whether tasks will run on GPUs; it serves the estimates only.
+    `gpu`: whether tasks will run on GPUs; it serves the estimates only. `workers`: tasks that run at the same time; it
+    serves to cut what is measured into parts, and changes no key but theirs.
 
     Raises:
         ConfigError, UnsupportedModelError: recipe and model do not go together.
         DataError: a text's file is missing.
     """
     check_fit(recipe, model)
-    graph = Graph(_Builder(recipe, source, model, gpu=gpu).nodes())
+    graph = Graph(_Builder(recipe, source, model, gpu=gpu, workers=workers).nodes())
     graph.check()
     return graph
 
@@ -120,7 +121,7 @@ def _rounds_after_training(recipe: Recipe) -> bool:
 
 
 class _Builder:
-    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool) -> None:
+    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool, workers: int) -> None:
         self.recipe, self.model = recipe, model
         self.path = str(source.path)
         self.source = source
@@ -128,6 +129,7 @@ class _Builder:
         self.transforms = recipe.transforms
         self.shape = Shape.of(model, self.dtype, recipe, gpu=gpu)
         self.labels = text_labels(recipe.evaluate.texts)
+        self.evaluation = Evaluation.of(recipe, self.labels, workers)
         self.training = None if recipe.train is None else Training.of(recipe, recipe.train, model, self.dtype)
         self.sequential: Training | None = None
         if self.training is not None and recipe.evaluate.sequential:
@@ -143,7 +145,7 @@ class _Builder:
         if self.training is not None:
             found += [replace(node, estimate=estimate(node, self.shape)) for node in self.training.nodes()]
         found += [self._export(), *self._profiles()]
-        evaluated = []
+        evaluated = self.evaluation.requests()
         if recipe.evaluate.full_precision:
             evaluated += self._evaluate("full_precision", "")
         evaluated += self._evaluate("quantized", "")
@@ -155,7 +157,8 @@ class _Builder:
         if recipe.evaluate.without_prefix:
             found += self._quantized(FindPrefixConfig(tokens=()), WITHOUT_PREFIX)
             evaluated += self._evaluate("quantized", WITHOUT_PREFIX)
-        return [*found, *evaluated, self._report(evaluated)]
+        evaluated = [replace(node, estimate=estimate(node, self.shape)) for node in evaluated]
+        return [*found, *evaluated, self._report([node for node in evaluated if is_result(node)])]
 
     def _node(self, **fields: object) -> Node:
         node = Node(**fields)  # type: ignore[arg-type]
@@ -331,22 +334,14 @@ class _Builder:
             if quantized
             else {}
         )
-        return [
-            self._node(
-                name=f"evaluate[{variant},{text}]{suffix}",
-                task=EVALUATE,
-                config=EvaluateNode(
-                    variant=variant,  # type: ignore[arg-type]
-                    transforms=self.transforms if quantized else None,
-                    quantize=self.recipe.quantize if quantized else None,
-                    dtype=self.dtype,
-                    path=self.path,
-                ),
-                inputs={"load": "load", "windows": f"tokens[{text}]", **of_variant},
-                resources=COMPUTE,
-            )
-            for text in self.labels
-        ]
+        model = ModelNode(
+            variant=variant,  # type: ignore[arg-type]
+            transforms=self.transforms if quantized else None,
+            quantize=self.recipe.quantize if quantized else None,
+            dtype=self.dtype,
+            path=self.path,
+        )
+        return self.evaluation.nodes(model, suffix, of_variant)
 
     def _report(self, evaluated: list[Node]) -> Node:
         inputs: dict[str, str | tuple[str, ...]] = {"prefix": "prefix", "blocks": self._blocks("")}

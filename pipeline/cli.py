@@ -17,10 +17,12 @@ from rich.table import Table
 
 from prefixquant.cluster.errors import ArtifactError
 from prefixquant.cluster.jobs import JobError
+from prefixquant.pipeline.cli_compare import compare
+from prefixquant.pipeline.cli_eval import evaluate
 from prefixquant.pipeline.cli_export import export
 from prefixquant.pipeline.cli_jobs import job_app, submit
 from prefixquant.pipeline.cli_options import DEFAULT_STORE, JsonOption, Overrides, RecipeArgument, StoreOption
-from prefixquant.tasks.errors import ConfigError, PrefixQuantError
+from prefixquant.tasks.errors import PrefixQuantError
 
 app = typer.Typer(
     add_completion=False,
@@ -136,28 +138,6 @@ def plan(
     )
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder (ours or any Hugging Face one), hub id or .gguf file.")],
-    text: Annotated[str | None, typer.Option("--text", help="A .txt, .jsonl or .parquet file.")] = None,
-    named: Annotated[str | None, typer.Option("--set", help="A named set: wikitext2, c4, python-docs, ...")] = None,
-    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure the perplexity of a saved model, held in memory whole."""
-    from prefixquant.pipeline.evaluation import evaluate_model
-
-    if (text is None) == (named is None):
-        raise ConfigError("eval needs either --text FILE or --set NAME")
-    found = evaluate_model(model, str(text or named), window=window, max_windows=windows, device=device)
-    if as_json:
-        print(json.dumps(found))
-    else:
-        print(f"perplexity {found['ppl']:.4f} over {found['tokens']} tokens in {found['windows']} windows of {window}")
-
-
 @app.command()
 def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """List the runs that the store knows."""
@@ -208,6 +188,8 @@ def gc(
 
 
 app.command()(export)
+app.command("eval")(evaluate)
+app.command("compare")(compare)
 app.command()(submit)
 app.add_typer(job_app, name="job")
 
@@ -218,12 +200,19 @@ def _show_result(record: dict[str, Any]) -> None:
     pairs = zip(prefix["tokens"], prefix["token_ids"], strict=True)
     shown = ", ".join(f"{token!r} ({index})" for token, index in pairs) or "none"
     console.print(f"prefix: {shown}", soft_wrap=True, highlight=False, markup=False)
-    if not record["perplexity"]:
-        return
-    table = Table("model", "text", "perplexity", "tokens")
-    for each in record["perplexity"]:
-        table.add_row(each["model"], escape(each["text"]), f"{each['ppl']:.2f}", str(each["tokens"]))
-    console.print(table)
+    if record["perplexity"]:
+        table = Table("model", "text", "perplexity", "tokens")
+        for each in record["perplexity"]:
+            table.add_row(each["model"], escape(each["text"]), f"{each['ppl']:.2f}", str(each["tokens"]))
+        console.print(table)
+    if record["tasks"]:
+        from prefixquant.pipeline.report import task_rows
+
+        table = Table("model", "task", "metric", "value", "standard error", "documents")
+        for each in record["tasks"]:
+            for row in task_rows([each]):
+                table.add_row(each["model"], *row)
+        console.print(table)
     if any(each["text"] == "python-docs" for each in record["perplexity"]):
         print("python-docs is a demonstration corpus (CPython's own documentation); do not compare with other texts.")
 

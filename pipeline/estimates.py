@@ -22,6 +22,9 @@ CPU_FLOPS = 1e11
 GPU_FLOPS = 3e13
 """float32 rate of an H100-class GPU in the same; likewise."""
 
+_TOKENS_A_DOCUMENT = 200
+"""Four choices of fifty tokens."""
+
 OVERHEAD_S = 0.15
 """Of any task: start, read, publish."""
 
@@ -38,6 +41,8 @@ class Shape:
     statistics_tokens: int
     search_tokens: int
     evaluation_tokens: int
+    task_tokens: int
+    """Of a task of lm-eval, whose documents nobody has counted yet."""
     search_forwards: int
     weight_forwards: float
     """Cost of the weight search, in forwards of the search text."""
@@ -65,6 +70,7 @@ class Shape:
             statistics_tokens=data.statistics.sequences * data.statistics.length,
             search_tokens=tokens,
             evaluation_tokens=windows * recipe.evaluate.window,
+            task_tokens=_TOKENS_A_DOCUMENT * (recipe.evaluate.limit or 2000) * (1 + (recipe.evaluate.shots or 0)),
             search_forwards=0 if search is None else _site_forwards(search),
             weight_forwards=searched * config.hidden_size / tokens,
             quantized_block_bytes=parameters * bits // 8,
@@ -83,6 +89,10 @@ class Shape:
 
 def _site_forwards(search: SearchConfig) -> int:
     return len(ALL_SITES) * (search.coarse_points + search.fine_points)
+
+
+def _shards(node: Node) -> int:
+    return int(getattr(node.config, "shards", 1))
 
 
 def estimate(node: Node, shape: Shape) -> Estimate:
@@ -119,9 +129,13 @@ def estimate(node: Node, shape: Shape) -> Estimate:
             # float32: the weight, its gradient, the best epoch's copy, the moments; float32 and autocast activations.
             work_bytes = 5 * 4 * shape.block_parameters + streams * shape.stream_bytes(tokens)
             stored = shape.quantized_block_bytes * blocks
-        case "evaluate":
-            flops = (forward * shape.blocks + shape.end_parameters) * shape.evaluation_tokens
-            work_bytes = shape.end_parameters * shape.bytes_per_weight + 3 * shape.stream_bytes(shape.evaluation_tokens)
+        case "evaluate" | "evaluate_part" if "parts" not in node.inputs:
+            tokens = shape.evaluation_tokens // _shards(node)
+            flops = (forward * shape.blocks + shape.end_parameters) * tokens
+            work_bytes = shape.end_parameters * shape.bytes_per_weight + 3 * shape.stream_bytes(tokens)
+        case "tasks" | "tasks_part" if "parts" not in node.inputs:
+            flops = (forward * shape.blocks + shape.end_parameters) * shape.task_tokens / _shards(node)
+            work_bytes = (shape.block_parameters * shape.blocks + shape.end_parameters) * shape.bytes_per_weight
         case "export_profile":
             parameters = shape.block_parameters * shape.blocks + shape.end_parameters
             # Planning walks over the blocks five times, measuring twice; the gate holds the model whole, in float32.

@@ -17,6 +17,7 @@ from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.find_prefix import FindPrefixConfig
 from prefixquant.tasks.gptq import GptqConfig
+from prefixquant.tasks.harness import HarnessConfig
 from prefixquant.tasks.model.sites import OnlineTransforms
 from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.profiles.export import ProfileExportConfig, wants_exemptions
@@ -182,6 +183,25 @@ class EvaluateConfig:
     max_windows: int | None = None
     """Use only the first so many windows of each text. Off: all."""
 
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval: piqa, arc_easy, arc_challenge, hellaswag, winogrande, lambada_openai or any other name."""
+
+    shots: int | None = None
+    """Solved examples in front of each question. Off: as the task says, else none."""
+
+    limit: int | None = None
+    """Use only the first so many documents of each task. Off: all."""
+
+    task_folder: str | None = None
+    """Folder of task files of your own, as for lm-eval's --include_path; relative paths in them are relative to it."""
+
+    shards: int | None = None
+    """Parts into which each measurement is cut; they run side by side and change no number. Off: as many as there are
+    GPUs, or cores without GPUs."""
+
+    gpus: int = 1
+    """GPUs over which a model is spread that answers tasks. It is held whole, at the checkpoint's precision."""
+
     full_precision: bool = True
     """Measure the original model as well."""
 
@@ -201,9 +221,20 @@ class EvaluateConfig:
             _check_text("evaluate.texts", text)
         if len(set(self.texts)) < len(self.texts):
             raise ConfigError(f"evaluate.texts names a text twice: {', '.join(self.texts)}; name each once")
-        if self.without_prefix and not self.texts:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"evaluate.tasks names a task twice: {', '.join(self.tasks)}; name each once")
+        HarnessConfig(name="any", shots=self.shots, limit=self.limit)
+        for name, least in (("shards", self.shards), ("gpus", self.gpus)):
+            if least is not None and least < 1:
+                raise ConfigError(f"evaluate.{name} must be at least 1, got {least}")
+        of_tasks = {"shots": self.shots is not None, "limit": self.limit is not None, "gpus": self.gpus > 1}
+        for name, is_set in (of_tasks | {"task_folder": self.task_folder is not None}).items():
+            if is_set and not self.tasks:
+                raise ConfigError(f"evaluate.{name} is for tasks, and evaluate.tasks names none; leave it out")
+        if self.without_prefix and not self.texts and not self.tasks:
             raise ConfigError(
-                "evaluate.without_prefix has nothing to measure: evaluate.texts is empty; name a text in it"
+                "evaluate.without_prefix has nothing to measure: evaluate.texts and evaluate.tasks are empty; name a "
+                "text or a task in them"
             )
 
 
@@ -314,7 +345,11 @@ def parse_recipe(data: object) -> Recipe:
         recipe,
         model=replace(recipe.model, source=_expand(recipe.model.source)),
         data=replace(recipe.data, calibration=_expand(recipe.data.calibration)),
-        evaluate=replace(recipe.evaluate, texts=tuple(map(_expand, recipe.evaluate.texts))),
+        evaluate=replace(
+            recipe.evaluate,
+            texts=tuple(map(_expand, recipe.evaluate.texts)),
+            task_folder=None if recipe.evaluate.task_folder is None else _expand(recipe.evaluate.task_folder),
+        ),
         rotate=replace(recipe.rotate, seed=recipe.seed),
     )
 

@@ -1,6 +1,7 @@
 """One run of a recipe: source, graph, plan, execution, tracking, output folder."""
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from prefixquant.cluster.ray_session import RaySession, connect
 from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore, StoreUnwritable
 from prefixquant.pipeline.artifacts import load_artifact, load_record
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
+from prefixquant.pipeline.build_evaluation import is_result
 from prefixquant.pipeline.graph import Graph
 from prefixquant.pipeline.materialize import check_output, materialize
 from prefixquant.pipeline.plan import Plan, make_plan
@@ -93,6 +95,7 @@ class RunSummary:
             "ppl_full_precision": ppl.get(("full precision", first)),
             "ppl_without_prefix": ppl.get(("quantized without prefix", first)),
             "perplexity": self.record["perplexity"],
+            "tasks": self.record["tasks"],
             "tasks_run": self.tasks_run,
             "tasks_cached": self.tasks_cached,
             "seconds": round(self.seconds, 2),
@@ -129,7 +132,8 @@ def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
     alone = Graph([load_node(source)])
     key = alone.key("load")
     model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
-    graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
+    workers = torch.cuda.device_count() or os.cpu_count() or 1  # of the local cluster that a run would start
+    graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available(), workers=workers)
     return graph, make_plan(graph, targets(graph), store, _previous(store, recipe.name))
 
 
@@ -186,6 +190,8 @@ def _run_once(
         loaded = loads.results
     model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
     graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
+    if any(is_result(node) and not store.has(graph.key(name)) for name, node in graph.nodes.items()):
+        graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available(), workers=session().workers)
     run = _Tracked(recipe, graph, store, options)
     plan = make_plan(graph, targets(graph), store, _previous(store, recipe.name))
     with run.recorded():
@@ -365,10 +371,7 @@ class _Tracked:
         if tracker.run_id is not None:
             self._log_missing_blocks()
             metrics: dict[str, float] = {"seconds": seconds, "prefix/num_tokens": len(record["prefix"]["token_ids"])}
-            for each in record["perplexity"]:
-                model = each["model"].replace(" ", "_")
-                text = re.sub(r"[^\w.-]", "_", each["text"])  # what MLflow takes in a name
-                metrics[f"eval/{text}_ppl/{model}"] = each["ppl"]
+            metrics |= _measured(record)
             for name, node in self.graph.nodes.items():
                 if node.task.name == "export_profile":
                     prefix = f"export/{node.config.profile}"
@@ -386,7 +389,7 @@ class _Tracked:
             tagged = ("load", "prefix", "export", "report")
             tracker.set_tags({f"artifact.{name}": self.graph.key(name) for name in tagged})
             tracker.finish("FINISHED")
-        self._write_ref("finished", ppl=record["perplexity"])
+        self._write_ref("finished", ppl=record["perplexity"], tasks=record["tasks"])
 
     def _log_missing_blocks(self) -> None:
         """Log what MLflow lacks of the blocks: an earlier run stored them, or died before it could send it."""
@@ -416,6 +419,18 @@ class _Tracked:
             **extra,
         }
         self.store.write_ref(self.run_id, record)
+
+
+def _measured(record: dict[str, Any]) -> dict[str, float]:
+    """Return perplexities and what tasks gave, by names that MLflow takes."""
+    named = {(f"{each['text']}_ppl", each["model"]): each["ppl"] for each in record["perplexity"]}
+    for each in record["tasks"]:
+        for metric, value in each["metrics"].items():
+            named[f"{each['task']}_{metric}", each["model"]] = value
+            if each["stderr"][metric] is not None:
+                named[f"{each['task']}_{metric}_stderr", each["model"]] = each["stderr"][metric]
+    plain = re.compile(r"[^\w.-]")
+    return {f"eval/{plain.sub('_', name)}/{model.replace(' ', '_')}": value for (name, model), value in named.items()}
 
 
 def default_tracking(store: ArtifactStore) -> str | None:

@@ -1,9 +1,9 @@
 """The tasks of the DAG: each takes stored artifacts apart, calls one pure function, and declares name and version."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ from prefixquant.pipeline.keys import outside_key
 from prefixquant.pipeline.worker import TaskContext, TaskOutput
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.calibrate import CalibrateConfig, Ranges, calibrate_blocks
-from prefixquant.tasks.evaluate import PerplexityConfig, perplexity
+from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.export import ENDS_FILE, PREFIX_FILE, block_file, export_files
 from prefixquant.tasks.find_prefix import FindPrefixConfig, choose_prefix, down_input_peaks, prefix_key_values
 from prefixquant.tasks.gptq import GptqConfig
 from prefixquant.tasks.load import LoadedModel, load_model, read_ends, torch_dtype
-from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites, run_batched
-from prefixquant.tasks.model.saved import block_tensors, block_weights
+from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, run_batched
+from prefixquant.tasks.model.saved import block_tensors
 from prefixquant.tasks.model.sites import OnlineTransforms, head_size
 from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.quantize_block import quantize_block
@@ -296,65 +296,6 @@ def run_block(context: TaskContext) -> TaskOutput:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateNode:
-    """What is measured: the original model, or the quantized one behind its prefix."""
-
-    variant: Literal["full_precision", "quantized"]
-    transforms: OnlineTransforms | None
-    quantize: QuantizeConfig | None
-    dtype: str
-    path: str = field(metadata=outside_key())
-
-
-def run_evaluate(context: TaskContext) -> TaskOutput:
-    """Measure perplexity over the windows of one text, one block held at a time."""
-    config: EvaluateNode = context.config
-    model = LoadedModel.from_artifact(context.inputs["load"])
-    windows = context.inputs["windows"].tensors["windows"]
-    if config.variant == "full_precision":
-        original = read_ends(model.checkpoint(config.path), model.family)
-        dtype = torch_dtype(config.dtype)
-        ends = Ends(*(part.to(dtype) for part in (original.embedding, original.gain, original.head)))
-        blocks = _original_blocks(context, model)
-    else:
-        ends = model_ends(context.inputs["ends"], model)
-        blocks = _quantized_blocks(context, model)
-    result = perplexity(
-        blocks,
-        ends,
-        model.config.rms_norm_eps,
-        windows,
-        device=context.device,
-        batch_tokens=BATCH_TOKENS,
-    )
-    return TaskOutput(Artifact(record=asdict(result)), metrics={"ppl": result.ppl, "tokens": result.tokens})
-
-
-def _original_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple[Block, None]]:
-    config: EvaluateNode = context.config
-    checkpoint, dtype = model.checkpoint(config.path), torch_dtype(config.dtype)
-    shapes = block_shapes(model.config, 0)
-    for index in range(model.num_blocks):
-        weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index, shapes).items()}
-        yield _block(context, model, index, weights, OnlineTransforms(r3=False, r4=False)), None
-
-
-def _quantized_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple[Block, Any]]:
-    config: EvaluateNode = context.config
-    assert config.quantize is not None
-    assert config.transforms is not None
-    prefix = prefix_tensors(context.inputs["prefix"])
-    shapes = block_shapes(model.config, 0)
-    for index, artifact in enumerate(context.inputs["blocks"]):
-        weights, sites = block_weights(
-            artifact.tensors, shapes, model.family, index, config.quantize.weights, torch_dtype(config.dtype)
-        )
-        block = _block(context, model, index, weights, config.transforms, config.quantize)
-        load_sites(block.sites, sites, context.device)
-        yield block, block_prefix(prefix, index, context.device)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportNode:
     """What the folder describes."""
 
@@ -386,5 +327,4 @@ PREFIX = Task(name="prefix", version=1, run=run_prefix)
 CALIBRATE = Task(name="calibrate", version=1, run=run_calibrate)
 STREAM = Task(name="stream", version=1, run=run_stream, ephemeral=True)
 BLOCK = Task(name="block", version=1, run=run_block)
-EVALUATE = Task(name="evaluate", version=1, run=run_evaluate)
 EXPORT = Task(name="export", version=1, run=run_export)

@@ -117,6 +117,8 @@ def _path_problems(recipe: Recipe, working_dir: Path | None) -> Iterator[str]:
     """Yield the paths of the recipe that cannot exist on the cluster. An absolute one is taken as a path over there."""
     texts = [("data.calibration", recipe.data.calibration), *(("evaluate.texts", t) for t in recipe.evaluate.texts)]
     paths = [(key, text) for key, text in texts if text not in NAMED_SETS]
+    if recipe.evaluate.task_folder is not None:
+        paths.append(("evaluate.task_folder", recipe.evaluate.task_folder))
     source = recipe.model.source
     inside = working_dir is not None and (working_dir / source).exists()
     if source.endswith(".gguf") or source.startswith(".") or Path(source).exists() or inside:  # otherwise a hub id

@@ -2,17 +2,19 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.errors import CheckpointError
 from prefixquant.tasks.model.checkpoint import Checkpoint, check_checkpoint, open_checkpoint
 from prefixquant.tasks.model.families import ModelFamily, find_family
+from prefixquant.tasks.model.whole import device_map
 from prefixquant.tasks.rotate import Ends
 
 CONFIG = "config.json"
@@ -130,6 +132,29 @@ def read_ends(checkpoint: Checkpoint, family: ModelFamily) -> Ends:
     embedding = checkpoint.read(f"{family.embedding}.weight")
     head = checkpoint.read(f"{family.head}.weight") if checkpoint.has_head(family) else embedding
     return Ends(embedding=embedding, gain=checkpoint.read(f"{family.final_norm}.weight"), head=head)
+
+
+def load_original(path: str, dtype: str, devices: Sequence[torch.device]) -> Any:
+    """Return the original model as transformers loads it, whole, its blocks in equal parts on the devices.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    source = Path(path)
+    folder, options = source, dict[str, Any]()
+    if source.suffix == ".gguf":
+        folder, options = source.parent, {"gguf_file": source.name}
+    try:
+        if len(devices) > 1:
+            config = AutoConfig.from_pretrained(folder, **options)
+            placed = device_map(find_family(config.model_type), config.num_hidden_layers, devices)
+            if config.tie_word_embeddings:
+                placed[find_family(config.model_type).head] = devices[0]
+            options |= {"device_map": placed}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{path} cannot be loaded: {str(err).splitlines()[0]}") from err
+    return model.eval().requires_grad_(False) if len(devices) > 1 else model.eval().requires_grad_(False).to(devices[0])
 
 
 def torch_dtype(name: str) -> torch.dtype:
