@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from prefixquant.cluster.errors import StoreUnwritable
+from prefixquant.cluster.errors import CacheFull, StoreUnwritable
 from prefixquant.cluster.store import ArtifactStore, Manifest
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.errors import PrefixQuantError
@@ -64,10 +64,17 @@ def load_artifact(store: ArtifactStore, key: str) -> Artifact:
     """Return the artifact, verified, tensors on CPU. Raises ArtifactMissing or ArtifactCorrupted."""
     names = store.manifest(key).files
     return Artifact(
-        tensors=load_file(store.local_path(key, TENSORS)) if TENSORS in names else {},
+        tensors=_load_tensors(store, key) if TENSORS in names else {},
         record=json.loads(store.read(key, RECORD)),
         files={name: store.read(key, name) for name in names if name not in (TENSORS, RECORD)},
     )
+
+
+def _load_tensors(store: ArtifactStore, key: str) -> dict[str, Tensor]:
+    try:
+        return load_file(store.local_path(key, TENSORS))
+    except CacheFull:  # a node whose disk is full goes on, at the price of memory
+        return load(store.read(key, TENSORS))
 
 
 def load_record(store: ArtifactStore, key: str) -> dict[str, Any]:

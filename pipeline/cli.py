@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prefixquant.cluster.errors import ArtifactError
+from prefixquant.cluster.errors import ArtifactError, StoreUnavailable
 from prefixquant.cluster.jobs import JobError
 from prefixquant.pipeline.cli_jobs import job_app, submit
 from prefixquant.pipeline.cli_options import DEFAULT_STORE, JsonOption, Overrides, RecipeArgument, StoreOption
@@ -251,4 +251,6 @@ def main() -> None:
 def _status(err: Exception) -> int:
     from prefixquant.pipeline.run import RunFailedError
 
+    if isinstance(err, StoreUnavailable):
+        return 1
     return 1 if isinstance(err, RunFailedError) and not err.input_is_wrong else 2

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from prefixquant.cluster.ray_session import RaySession, connect
-from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore, StoreUnwritable
+from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore
 from prefixquant.pipeline.artifacts import load_artifact, load_record
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
 from prefixquant.pipeline.graph import Graph
@@ -310,7 +310,7 @@ class _Tracked:
             yield
         except BaseException as err:
             interrupted = isinstance(err, KeyboardInterrupt) or getattr(err, "interrupted", False)
-            with suppress(StoreUnwritable):  # on a full disk it would hide which task failed
+            with suppress(ArtifactError):  # on a full disk it would hide which task failed
                 self._write_ref("interrupted" if interrupted else "failed")
             self.tracker.finish("KILLED" if interrupted else "FAILED")
             raise

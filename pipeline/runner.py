@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal
 
-from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactMissing, ResourceError, StoreUnwritable
+from prefixquant.cluster.errors import (
+    ArtifactCorrupted,
+    ArtifactMissing,
+    ResourceError,
+    StoreUnavailable,
+    StoreUnreadable,
+    StoreUnwritable,
+)
 from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
@@ -29,6 +36,8 @@ _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     ((CheckpointError, UnsupportedModelError), "Correct the model's files and run again; what is finished is stored."),
     (NumericalError, "The numbers diverged: lower the learning rate, or look at what enters that block."),
     (ResourceError, "Ask for fewer processes with --ranks, or use a larger cluster, and run again to go on from here."),
+    (StoreUnavailable, "The store did not answer for long. Run again to go on from here."),
+    (StoreUnreadable, "Renew credentials or permissions of the store, then run again; what is finished is stored."),
     (StoreUnwritable, "Make room or choose another store, then run again; what is finished is stored."),
     (
         (ArtifactCorrupted, ArtifactMissing),

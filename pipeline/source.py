@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from prefixquant.cluster.downloads import cache_folder
 from prefixquant.pipeline.recipe import ModelConfig
 from prefixquant.tasks.errors import CheckpointError, ConfigError
 
@@ -50,7 +51,7 @@ def source_fingerprint(path: Path) -> str:
     files = [path] if path.is_file() else sorted({file for pattern in _PATTERNS for file in path.glob(pattern)})
     if not files:
         raise CheckpointError(f"{path} holds no model files; give a model folder, a hub id or a .gguf file")
-    memory = _Memory(_cache_folder() / "fingerprints.json")
+    memory = _Memory(cache_folder() / "fingerprints.json")
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(memory.digest, files))
     memory.save()
@@ -58,10 +59,6 @@ def source_fingerprint(path: Path) -> str:
         ("model.gguf" if path.is_file() else file.name, digest) for file, digest in zip(files, digests, strict=True)
     ]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("PREFIXQUANT_CACHE", "~/.cache/prefixquant")).expanduser()
 
 
 class _Memory:
