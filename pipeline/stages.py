@@ -149,8 +149,8 @@ class RotatedBlocks(Sequence[Block]):
         return self._build(index=index, weights=self._artifacts[index].tensors)
 
 
-def _batch_size(windows: Tensor) -> int:
-    return max(1, BATCH_TOKENS // windows.shape[1])
+def _batch_size(windows: Tensor, context: TaskContext) -> int:
+    return max(1, BATCH_TOKENS // context.parts // windows.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +174,7 @@ def run_prefix(context: TaskContext) -> TaskOutput:
         windows = context.inputs["windows"].tensors["windows"]
         blocks = RotatedBlocks(context, model, config.transforms, None)
         stream = ends.embedding[windows].to(context.device)
-        peaks = down_input_peaks(blocks, stream, batch_size=_batch_size(windows), device=context.device)
+        peaks = down_input_peaks(blocks, stream, batch_size=_batch_size(windows, context), device=context.device)
         choice = choose_prefix(windows, peaks, model.bos_token_id, config.find)
         token_ids = choice.token_ids
         record = {
@@ -217,7 +217,7 @@ def run_calibrate(context: TaskContext) -> TaskOutput:
         prefix_tensors(context.inputs["prefix"]),
         stream,
         config.calibrate,
-        batch_size=_batch_size(windows),
+        batch_size=_batch_size(windows, context),
         device=context.device,
     )
     tensors: dict[str, Tensor] = {}
@@ -252,7 +252,7 @@ def run_stream(context: TaskContext) -> TaskOutput:
     stream = context.inputs["stream"].tensors["stream"]
     prefix = block_prefix(prefix_tensors(context.inputs["prefix"]), previous, context.device)
     output = run_batched(
-        partial(block, prefix=prefix), stream, _batch_size(stream), context.device, f"stream, block {previous}"
+        partial(block, prefix=prefix), stream, _batch_size(stream, context), context.device, f"stream, block {previous}"
     )
     return TaskOutput(Artifact({"stream": output}))
 
@@ -283,7 +283,7 @@ def run_block(context: TaskContext) -> TaskOutput:
         block_prefix(prefix_tensors(context.inputs["prefix"]), config.block, context.device),
         config.quantize.weights,
         config.search,
-        batch_size=_batch_size(stream),
+        batch_size=_batch_size(stream, context),
         gptq=config.gptq,
     )
     spec = config.quantize.weights
@@ -325,7 +325,7 @@ def run_evaluate(context: TaskContext) -> TaskOutput:
         model.config.rms_norm_eps,
         windows,
         device=context.device,
-        batch_tokens=BATCH_TOKENS,
+        batch_tokens=BATCH_TOKENS // context.parts,
     )
     return TaskOutput(Artifact(record=asdict(result)), metrics={"ppl": result.ppl, "tokens": result.tokens})
 

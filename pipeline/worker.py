@@ -60,6 +60,9 @@ class TaskContext:
     post: Post = post_nothing
     """Tells the run how far the task is."""
 
+    parts: int = 1
+    """By how much less than usual passes a block at once; 2 after the GPU's memory did not suffice."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaskOutput:
@@ -119,12 +122,15 @@ class NodeCall:
     mailbox: Mailbox | None = None
     """Where to say how far the task is."""
 
+    parts: int = 1
+    """See `TaskContext.parts`."""
+
 
 def run_member(member: Membership, call: NodeCall) -> NodeResult:
     """Run the node on one of several processes that work on it together; rank 0 publishes."""
     from prefixquant.cluster.deepspeed_ranks import join
 
-    with join(member, _device()) as ranks:
+    with join(member, _device(), parts=call.parts) as ranks:
         return run_node(call, ranks)
 
 
@@ -140,7 +146,8 @@ def run_node(call: NodeCall, ranks: Ranks | None = None) -> NodeResult:
     torch.set_num_threads(call.cpus)
     _reset_peaks(device)
     try:
-        return _run_and_publish(call, ArtifactStore(call.store_url), device, ranks or SingleRank())
+        ranks = ranks or SingleRank(parts=call.parts)
+        return _run_and_publish(call, ArtifactStore(call.store_url), device, ranks)
     except Exception as err:
         traceback.clear_frames(err.__traceback__)  # their tensors would outlive the task with the error
         raise
@@ -164,6 +171,7 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
         products=products,
         ranks=ranks,
         post=lambda text, metrics, step: send({"text": text, "metrics": dict(metrics), "step": step}),
+        parts=call.parts,
     )
     output = call.task.run(context)
     missing = sorted(wanted - output.byproducts.keys() - set(products.stored())) if ranks.rank == 0 else []
@@ -188,6 +196,7 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
         "peak_host_bytes": result.peak_host_bytes,
         "peak_device_bytes": result.peak_device_bytes,
         "metrics": result.metrics,
+        "parts": call.parts,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": _versions(),
     }

@@ -20,12 +20,13 @@ class SingleRank:
     rank = 0
     size = 1
 
-    def __init__(self, *, cuda_graph: bool = True) -> None:
+    def __init__(self, *, cuda_graph: bool = True, parts: int = 1) -> None:
         """With `cuda_graph`, steps on a GPU are recorded once and replayed, except in fp16.
 
-        The module's forward then must not wait for the device, nor decide anything by the value of a tensor.
+        The module's forward then must not wait for the device, nor decide anything by the value of a tensor. A batch
+        passes in `parts`, one after the other; that changes a step by the order of floating-point sums alone.
         """
-        self._cuda_graph = cuda_graph
+        self._cuda_graph, self.parts = cuda_graph, parts
 
     def stepper(
         self, module: nn.Module, groups: Sequence[ParameterGroup], *, gradient_clip: float | None, precision: str
@@ -35,7 +36,7 @@ class SingleRank:
         `groups` holds every parameter of the module that requires a gradient. `precision`: bf16, fp16 or fp32, the
         autocast type around the forward. `gradient_clip`: largest norm of all gradients together, or None.
         """
-        return SingleStepper(module, groups, gradient_clip, precision, self._cuda_graph)
+        return SingleStepper(module, groups, gradient_clip, precision, self._cuda_graph, self.parts)
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the tensor."""
@@ -56,10 +57,12 @@ class SingleStepper:
         gradient_clip: float | None,
         precision: str,
         cuda_graph: bool,
+        parts: int,
     ) -> None:
         self._names = {each: name for name, each in module.named_parameters() if each.requires_grad}
         _check(self._names, groups, gradient_clip, precision)
         self._module, self._gradient_clip, self._dtype = module, gradient_clip, _AUTOCAST[precision]
+        self._parts = parts
         self._parameters = list(self._names)
         self._device = self._parameters[0].device
         on_gpu = self._device.type == "cuda"
@@ -119,12 +122,13 @@ class SingleStepper:
     def _gradients(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Put the clipped gradient of a batch in place; return the loss and the norm before clipping."""
         self._optimizer.zero_grad(set_to_none=True)  # the backward then writes the gradients instead of adding to zeros
-        with torch.autocast(self._device.type, dtype=self._dtype or torch.bfloat16, enabled=self._dtype is not None):
-            loss: Tensor = self._module(*batch)
-        if self._scaler is None:
-            loss.backward()
-        else:
-            self._scaler.scale(loss).backward()
+        total = torch.zeros((), device=self._device)
+        for part in zip(*(each.chunk(self._parts) for each in batch), strict=True):
+            with torch.autocast(self._device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
+                loss: Tensor = self._module(*part) * (len(part[0]) / len(batch[0]))
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            total += loss.detach()
+        if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         for each in self._parameters:
             if each.grad is None:  # no part in the loss
@@ -135,7 +139,7 @@ class SingleStepper:
             self._optimizer.grad_scale = (norm / self._gradient_clip).clamp_min(1.0)  # type: ignore[attr-defined]
         elif self._gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self._gradient_clip, norm)
-        return loss.detach().float(), norm
+        return total, norm
 
     def _record(self, batch: Sequence[Tensor]) -> None:
         """Record a step as a CUDA graph, without taking one: warming up stops short of the update."""

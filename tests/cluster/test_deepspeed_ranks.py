@@ -220,6 +220,22 @@ def test_half_precision_is_that_of_a_single_process(outcomes, single, size, stag
     assert got.fp16[0][0] != got.history[0][0] / 16
 
 
+def train_in_parts(member):
+    torch.set_num_threads(1)
+    histories = {}
+    for stage in STAGES:
+        with join(member, CPU, stage=stage, parts=2) as ranks:
+            histories[stage] = train(ranks, make(ranks, Regression()), range(6))
+    return histories
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_batch_that_passes_in_parts_takes_the_same_steps(ray_session, single, size):
+    histories = run_group(train_in_parts, (), ranks=size, cpus=1, gpus=0, name="parts")
+    for stage in STAGES:
+        assert_same(histories[stage], single.history)
+
+
 def overflow_at(member, stage):
     losses = []
     with join(member, CPU, stage=stage) as ranks:
