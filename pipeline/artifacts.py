@@ -1,6 +1,7 @@
 """Between artifacts in memory and files in the store: safetensors and JSON, no pickle."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,7 +75,21 @@ def _load_tensors(store: ArtifactStore, key: str) -> dict[str, Tensor]:
     try:
         return load_file(store.local_path(key, TENSORS))
     except CacheFull:  # a node whose disk is full goes on, at the price of memory
-        return load(store.read(key, TENSORS))
+        return _load_from_memory(store.read(key, TENSORS))
+
+
+def _load_from_memory(data: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, placed in memory as the file itself would be.
+
+    Matrix products differ in their last bits with the alignment of their operands, and `safetensors.torch.load` puts
+    every tensor where Python happens to have room.
+    """
+    if not hasattr(os, "memfd_create"):
+        return load(data)
+    with open(os.memfd_create(TENSORS), "wb") as file:
+        file.write(data)
+        file.flush()
+        return load_file(f"/proc/self/fd/{file.fileno()}")
 
 
 def load_record(store: ArtifactStore, key: str) -> dict[str, Any]:

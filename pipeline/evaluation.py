@@ -40,6 +40,7 @@ def evaluate_model(
 
 def _load(path: Path, device: str) -> tuple[Any, Any]:
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    options |= {"trust_remote_code": False}  # without it transformers asks on the terminal whether to run such code
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if is_exported(path):

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from prefixquant.cluster.refusals import holds_secrets, without_secrets
 from prefixquant.pipeline.overrides import apply_overrides, read_yaml
 from prefixquant.pipeline.schema import Key, build, schema_of
 from prefixquant.tasks.calibrate import CalibrateConfig
@@ -319,6 +320,14 @@ def _problems(recipe: Recipe) -> list[str]:
     """Return what is out of range in, or contradictory between, the groups of a recipe."""
     quantize, train = recipe.quantize, recipe.train
     problems = []
+    sources = {"model.source": (recipe.model.source,), "data.calibration": (recipe.data.calibration,)}
+    for key, urls in (sources | {"evaluate.texts": recipe.evaluate.texts}).items():
+        problems += [
+            f"{key} {without_secrets(url)} holds a user name, a password or a signature, which the run's record would "
+            f"show; take it out and give credentials by the environment"
+            for url in urls
+            if holds_secrets(url)
+        ]
     if not _NAME.fullmatch(recipe.name):
         problems.append(
             f"name must be 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit, got {recipe.name!r}"

@@ -68,7 +68,7 @@ class LoadedModel:
         with tempfile.TemporaryDirectory() as folder:
             for name, data in self.files.items():
                 Path(folder, name).write_bytes(data)
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 _opened: dict[tuple[object, ...], Checkpoint] = {}
@@ -113,11 +113,13 @@ def load_model(path: str) -> LoadedModel:
 def _load_tokenizer(path: Path) -> Any:
     try:
         if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path)
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as err:
         reason = str(err).splitlines()[0]
-        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({reason}); add tokenizer.json") from err
+        advice = "code of a model's folder is never run; " if "custom code" in reason else ""
+        message = f"{path}: its tokenizer cannot be loaded ({reason}); {advice}add a tokenizer.json of a known class"
+        raise CheckpointError(message) from err
 
 
 def read_ends(checkpoint: Checkpoint, family: ModelFamily) -> Ends:

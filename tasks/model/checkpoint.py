@@ -119,7 +119,7 @@ class SafetensorsCheckpoint(Checkpoint):
         except (ValueError, KeyError, TypeError) as err:
             raise CheckpointError(f"{path} is not a model's config ({err}); download it again") from err
         find_family(model_type)
-        return AutoConfig.from_pretrained(self.path)
+        return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor as stored."""

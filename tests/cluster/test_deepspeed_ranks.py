@@ -236,6 +236,25 @@ def test_a_batch_that_passes_in_parts_takes_the_same_steps(ray_session, single, 
         assert_same(histories[stage], single.history)
 
 
+def listening(member):
+    """Return the addresses, in the kernel's hex, on which this process listens while it trains."""
+    torch.set_num_threads(1)
+    with join(member, CPU, stage=1) as ranks:
+        train(ranks, make(ranks, Regression()), range(1))
+        links = [os.readlink(each.path) for each in os.scandir("/proc/self/fd") if os.path.islink(each.path)]
+        inodes = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+        tables = (Path(f"/proc/self/net/{kind}").read_text().splitlines() for kind in ("tcp", "tcp6"))
+        rows = [row.split() for table in tables for row in table]
+        return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+@pytest.mark.skipif(not Path("/proc/self/net").exists(), reason="looks for sockets in /proc")
+def test_ranks_on_one_machine_listen_on_loopback_only(ray_session):
+    found = run_group(listening, (), ranks=2, cpus=1, gpus=0, name="listening")
+    assert found
+    assert found <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
 def overflow_at(member, stage):
     losses = []
     with join(member, CPU, stage=stage) as ranks:

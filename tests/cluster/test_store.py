@@ -139,6 +139,17 @@ def test_a_manifest_cannot_point_outside_its_artifact(store):
         store.manifest(KEY)
 
 
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", ".hidden"])
+def test_a_manifest_cannot_name_files_that_would_be_written_elsewhere(store, name):
+    store.publish(KEY, {"a": b"1"}, meta={})
+    path = f"{store.root}/artifacts/{KEY[:2]}/{KEY}/manifest.json"
+    raw = json.loads(store.fs.cat_file(path))
+    raw["files"][name] = raw["files"].pop("a")
+    store.fs.pipe_file(path, json.dumps(raw).encode())
+    with pytest.raises(ArtifactCorrupted, match="outside its folder"):
+        store.manifest(KEY)
+
+
 def test_a_second_publish_returns_the_first_and_leaves_nothing_behind(store):
     first = store.publish(KEY, {"a": b"first"}, meta={"n": 1})
     before = files_of(store)
