@@ -35,17 +35,17 @@ def is_altered(err: Exception) -> bool:
     return isinstance(err, FlexibleChecksumError)
 
 
-def refusal(url: str, action: str, err: Exception, *, writing: bool, local_root: str | None = None) -> ArtifactError:
+def refusal(place: str, action: str, err: Exception, *, writing: bool, local_root: str | None = None) -> ArtifactError:
     """Return the error of a store for an error of its client.
 
     Args:
-        url: of the store.
+        place: what refused, with its URL.
         action: what was to be done, after "cannot".
         err: what the client raised.
         writing: whether that was a write.
         local_root: the store's folder if it is a local one.
     """
-    where, kind = f"artifact store {without_secrets(url)}: cannot {action}", type(err).__name__
+    where, kind = f"{without_secrets(place)}: cannot {action}", type(err).__name__
     reason = f"{kind}: {without_secrets(str(err))}"
     refused = StoreUnwritable if writing else StoreUnreadable
     if is_full(err):

@@ -435,7 +435,7 @@ class ArtifactStore:
 
     def _refusal(self, action: str, err: Exception, *, writing: bool) -> ArtifactError:
         root = self.root if self.is_local else None
-        return refusal(self.url, action, err, writing=writing, local_root=root)
+        return refusal(f"artifact store {self.url}", action, err, writing=writing, local_root=root)
 
 
 def _chunks(source: bytes | memoryview | Path) -> Iterator[bytes | memoryview]:

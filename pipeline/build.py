@@ -50,7 +50,8 @@ UNTRAINED = "/untrained"
 class Source:
     """A model at hand."""
 
-    path: Path
+    path: Path | str
+    """Local, or a URL."""
     fingerprint: str
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +33,7 @@ def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     store: StoreOption = DEFAULT_STORE,
-    out: Annotated[Path | None, typer.Option(help="Folder that gets the loadable model.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or URL that gets the loadable model.")] = None,
     tracking: Annotated[
         str | None,
         typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow URI, or `off`. Default: a SQLite file in the store."),

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefixquant.pipeline.recipe import ModelConfig
+from prefixquant.pipeline.remote_model import local_model
 from prefixquant.pipeline.source import resolve_source
 from prefixquant.tasks.errors import CheckpointError, ConfigError
 from prefixquant.tasks.evaluate import PerplexityConfig, model_perplexity
@@ -25,7 +26,8 @@ def evaluate_model(
     """
     config = PerplexityConfig(window=window, max_windows=max_windows)
     documents = read_documents(TextConfig(source=text, split="evaluation"))
-    path = resolve_source(ModelConfig(source=model))
+    place = resolve_source(ModelConfig(source=model))
+    path = local_model(place) if isinstance(place, str) else place
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA GPU is available to torch here; use --device cpu")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from prefixquant.cluster.store import ArtifactStore
@@ -24,6 +25,21 @@ def check_output(folder: Path) -> None:
         raise OutputError(f"--out {folder} holds other files; give a new or empty folder")
 
 
+def contents(graph: Graph, store: ArtifactStore, num_blocks: int) -> Iterator[tuple[str, bytes | Path]]:
+    """Give the files of the export of a finished run: small ones as bytes, shards as verified local files."""
+    export_key, prefix_key = graph.key("export"), graph.key("prefix")
+    for name in store.manifest(export_key).files:
+        if name != RECORD:
+            yield name, store.read(export_key, name)
+    blocks = graph.nodes["export"].inputs["blocks"]
+    shards = {block_file(block): graph.key(blocks[block]) for block in range(num_blocks)}
+    shards[ENDS_FILE] = graph.key("rotate[ends]")
+    if TENSORS in store.manifest(prefix_key).files:
+        shards[PREFIX_FILE] = prefix_key
+    for name, key in shards.items():
+        yield name, store.local_path(key, TENSORS)
+
+
 def materialize(graph: Graph, store: ArtifactStore, folder: Path, num_blocks: int) -> None:
     """Write the export of a finished run to a folder, complete or not at all; an earlier export there is replaced.
 
@@ -33,22 +49,15 @@ def materialize(graph: Graph, store: ArtifactStore, folder: Path, num_blocks: in
     """
     check_output(folder)
     folder = folder.absolute()
-    blocks = graph.nodes["export"].inputs["blocks"]
-    shards = {block_file(block): graph.key(blocks[block]) for block in range(num_blocks)}
-    shards[ENDS_FILE] = graph.key("rotate[ends]")
-    prefix_key = graph.key("prefix")
-    if TENSORS in store.manifest(prefix_key).files:
-        shards[PREFIX_FILE] = prefix_key
-    export_key = graph.key("export")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            for name in store.manifest(export_key).files:
-                if name != RECORD:
-                    (temporary / name).write_bytes(store.read(export_key, name))
-            for name, key in shards.items():
-                shutil.copyfile(store.local_path(key, TENSORS), temporary / name)
+            for name, content in contents(graph, store, num_blocks):
+                if isinstance(content, Path):
+                    shutil.copyfile(content, temporary / name)
+                else:
+                    (temporary / name).write_bytes(content)
             temporary.chmod(0o755)
             _replace(temporary, folder)
         finally:

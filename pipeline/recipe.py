@@ -67,7 +67,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise ConfigError("model.source is empty; give a local folder, a hub id or a .gguf file")
-        if self.revision is not None and (self.source.endswith(".gguf") or self.source[0] in "/.~"):
+        elsewhere = self.source.endswith(".gguf") or self.source[0] in "/.~" or "://" in self.source
+        if self.revision is not None and elsewhere:
             raise ConfigError(f"model.revision is for hub ids; {self.source!r} is a local path, so leave it out")
 
 

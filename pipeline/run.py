@@ -17,17 +17,17 @@ from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, Artifact
 from prefixquant.pipeline.artifacts import load_artifact, load_record
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
 from prefixquant.pipeline.graph import Graph
-from prefixquant.pipeline.materialize import check_output, materialize
+from prefixquant.pipeline.output import check_place, write_model
 from prefixquant.pipeline.plan import Plan, make_plan
 from prefixquant.pipeline.progress import make_progress
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.runner import Event, RunResult, execute
-from prefixquant.pipeline.source import resolve_source, source_fingerprint
+from prefixquant.pipeline.source import model_at, resolve_source, source_fingerprint
 from prefixquant.pipeline.tracking import Tracker, flatten
 from prefixquant.pipeline.training import epoch_metrics, epoch_step
 from prefixquant.pipeline.worker import NodeResult
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
-from prefixquant.tasks.load import LoadedModel, load_model
+from prefixquant.tasks.load import LoadedModel
 
 EXPERIMENT = "prefixquant"
 
@@ -49,7 +49,8 @@ class RunOptions:
     """Where a run takes place; nothing of it enters an artifact's key."""
 
     store: str
-    out: Path | None = None
+    out: Path | str | None = None
+    """Folder, or URL, that gets the loadable model."""
     tracking: str | None = None
     """MLflow URI. None: a SQLite file beside a local store. "off": no tracking."""
     address: str | None = None
@@ -128,7 +129,7 @@ def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
     store = ArtifactStore(store_url)
     alone = Graph([load_node(source)])
     key = alone.key("load")
-    model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
+    model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else model_at(str(source.path))
     graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
     return graph, make_plan(graph, targets(graph), store, _previous(store, recipe.name))
 
@@ -144,7 +145,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
     if options.ranks is not None:
         _check_ranks(options.ranks, recipe)
     if options.out is not None:
-        check_output(options.out)
+        check_place(options.out)
     store = open_store(options.store)
     source = prepare(recipe)
     repairs = 0
@@ -192,7 +193,7 @@ def _run_once(
         result = run.execute(plan, session)
         record = load_artifact(store, graph.key("report")).record
         if options.out is not None:
-            materialize(graph, store, options.out, model.num_blocks)
+            write_model(graph, store, options.out, model.num_blocks)
         done = loaded if result is None else loaded | result.results
         run.finish(record, done, time.monotonic() - start)
     return RunSummary(

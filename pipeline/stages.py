@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prefixquant.pipeline.graph import Resources, Task
 from prefixquant.pipeline.keys import outside_key
+from prefixquant.pipeline.source import checkpoint_at, model_at
 from prefixquant.pipeline.worker import TaskContext, TaskOutput
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.calibrate import CalibrateConfig, Ranges, calibrate_blocks
@@ -17,7 +18,7 @@ from prefixquant.tasks.evaluate import PerplexityConfig, perplexity
 from prefixquant.tasks.export import ENDS_FILE, PREFIX_FILE, block_file, export_files
 from prefixquant.tasks.find_prefix import FindPrefixConfig, choose_prefix, down_input_peaks, prefix_key_values
 from prefixquant.tasks.gptq import GptqConfig
-from prefixquant.tasks.load import LoadedModel, load_model, read_ends, torch_dtype
+from prefixquant.tasks.load import LoadedModel, read_ends, torch_dtype
 from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites, run_batched
 from prefixquant.tasks.model.saved import block_tensors, block_weights
 from prefixquant.tasks.model.sites import OnlineTransforms, head_size
@@ -47,7 +48,7 @@ class LoadNode:
 
 def run_load(context: TaskContext) -> TaskOutput:
     """Check a checkpoint and keep its config and tokenizer."""
-    model = load_model(context.config.path)
+    model = model_at(context.config.path)
     return TaskOutput(model.to_artifact(), metrics={"num_blocks": model.num_blocks})
 
 
@@ -97,7 +98,7 @@ def run_rotate(context: TaskContext) -> TaskOutput:
     """Fold gains and rotations into one block, or into embedding and head."""
     config: RotateNode = context.config
     model = LoadedModel.from_artifact(context.inputs["load"])
-    family, checkpoint = model.family, model.checkpoint(config.path)
+    family, checkpoint = model.family, checkpoint_at(config.path, model.index)
     options: dict[str, Any] = {"dtype": torch_dtype(config.dtype), "device": context.device}
     if config.block is None:
         return TaskOutput(_ends_artifact(rotate_ends(read_ends(checkpoint, family), config.rotate, **options), model))
@@ -312,7 +313,7 @@ def run_evaluate(context: TaskContext) -> TaskOutput:
     model = LoadedModel.from_artifact(context.inputs["load"])
     windows = context.inputs["windows"].tensors["windows"]
     if config.variant == "full_precision":
-        original = read_ends(model.checkpoint(config.path), model.family)
+        original = read_ends(checkpoint_at(config.path, model.index), model.family)
         dtype = torch_dtype(config.dtype)
         ends = Ends(*(part.to(dtype) for part in (original.embedding, original.gain, original.head)))
         blocks = _original_blocks(context, model)
@@ -332,7 +333,7 @@ def run_evaluate(context: TaskContext) -> TaskOutput:
 
 def _original_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple[Block, None]]:
     config: EvaluateNode = context.config
-    checkpoint, dtype = model.checkpoint(config.path), torch_dtype(config.dtype)
+    checkpoint, dtype = checkpoint_at(config.path, model.index), torch_dtype(config.dtype)
     shapes = block_shapes(model.config, 0)
     for index in range(model.num_blocks):
         weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index, shapes).items()}
