@@ -41,8 +41,10 @@ def evaluate_model(
 
 
 def _load(path: Path, device: str) -> tuple[Any, Any]:
-    folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
-    options |= {"trust_remote_code": False}  # without it transformers asks on the terminal whether to run such code
+    # Left open, transformers asks on the terminal whether to run code that lies in the folder.
+    folder, options = path, dict[str, Any](trust_remote_code=False)
+    if path.suffix == ".gguf":
+        folder, options = path.parent, options | {"gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if is_exported(path):
