@@ -117,9 +117,8 @@ def _load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as err:
         reason = str(err).splitlines()[0]
-        advice = "code of a model's folder is never run; " if "custom code" in reason else ""
-        message = f"{path}: its tokenizer cannot be loaded ({reason}); {advice}add a tokenizer.json of a known class"
-        raise CheckpointError(message) from err
+        advice = "code of a model's folder is never run: " if "custom code" in reason else ""
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({reason}); {advice}add tokenizer.json") from err
 
 
 def read_ends(checkpoint: Checkpoint, family: ModelFamily) -> Ends:
