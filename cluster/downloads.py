@@ -52,7 +52,8 @@ def local_copy(sha256: str, size: int, name: str, fetch: Callable[[Path], None])
     except OSError as err:
         if not is_full(err):
             raise
-        free = shutil.disk_usage(cache_folder()).free
+        there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+        free = shutil.disk_usage(there).free
         raise CacheFull(
             f"{cache_folder()} has no room for a local copy of {name!r}, {size} bytes: {free} are free; "
             f"set PREFIXQUANT_CACHE to a folder on a larger disk of this node"
@@ -65,8 +66,11 @@ def local_copy(sha256: str, size: int, name: str, fetch: Callable[[Path], None])
 
 def _make_room(objects: Path, size: int) -> None:
     """Remove copies, those used longest ago first, until `size` bytes are free. One in use lives on until closed."""
-    copies = [(path.stat().st_mtime_ns, path) for path in objects.glob("*/*/*") if ".part-" not in path.name]
-    for _, path in sorted(copies):
+    copies = []
+    for path in objects.glob("*/*/*"):
+        with suppress(FileNotFoundError):  # another task made room as well
+            copies.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(each for each in copies if ".part-" not in each[1].name):
         if shutil.disk_usage(objects).free >= size:
             return
         path.unlink(missing_ok=True)

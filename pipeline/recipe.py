@@ -56,7 +56,7 @@ class ModelConfig:
     """The model that is quantized."""
 
     source: str
-    """Local Hugging Face folder, hub id, or path of a .gguf file."""
+    """Hugging Face folder, local or at a URL (s3://...); hub id; or path of a .gguf file."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub id. Off: its main branch."""

@@ -37,9 +37,10 @@ _DTYPES = {
 class RemoteCheckpoint(SafetensorsCheckpoint):
     """A checkpoint at a URL. `path` is a local folder with its small files: config, tokenizer, index."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, files: dict[str, RemoteFile] | None = None) -> None:
+        """`files`: what a listing of the folder has just said."""
         self._folder = RemoteFolder(url)
-        self._files = self._folder.files()
+        self._files = self._folder.files() if files is None else files
         self._places: dict[str, tuple[str, int, int]] = {}
         if "config.json" not in self._files:
             raise CheckpointError(

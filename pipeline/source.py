@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixquant.cluster.downloads import cache_folder
-from prefixquant.cluster.remote_folder import RemoteFolder, is_remote
+from prefixquant.cluster.remote_folder import RemoteFile, RemoteFolder, is_remote
 from prefixquant.pipeline.recipe import ModelConfig
 from prefixquant.pipeline.remote_model import RemoteCheckpoint
 from prefixquant.tasks.errors import CheckpointError, ConfigError
@@ -44,9 +44,13 @@ def model_at(path: str) -> LoadedModel:
     return load_model(path, _remote_checkpoint(path) if is_remote(path) else None)
 
 
-@lru_cache(maxsize=1)
 def _remote_checkpoint(url: str) -> RemoteCheckpoint:
-    return RemoteCheckpoint(url)
+    return _opened(url, tuple(sorted(RemoteFolder(url).files().items())))
+
+
+@lru_cache(maxsize=1)
+def _opened(url: str, files: tuple[tuple[str, RemoteFile], ...]) -> RemoteCheckpoint:
+    return RemoteCheckpoint(url, dict(files))
 
 
 def _resolve_local(model: ModelConfig) -> Path:
