@@ -70,7 +70,8 @@ def refusal(place: str, action: str, err: Exception, *, writing: bool, local_roo
 
 def _is_of_the_network(err: Exception) -> bool:
     """Return whether a client of S3 could not reach its server, or lost it."""
+    from botocore.exceptions import ConnectionError as NoConnection
     from botocore.exceptions import HTTPClientError
     from fsspec.exceptions import FSTimeoutError
 
-    return isinstance(err, (HTTPClientError, FSTimeoutError))
+    return isinstance(err, (NoConnection, HTTPClientError, FSTimeoutError))
