@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import s3fs
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -151,3 +153,15 @@ class FaultyS3:
     def __exit__(self, *error: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+@contextmanager
+def behind_proxy(backend: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FaultyS3]:
+    """Give a proxy in front of a server, as the only S3 that this process and what it starts know."""
+    with FaultyS3(backend) as proxy:
+        for name, value in environment(proxy.endpoint).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PREFIXQUANT_CACHE", str(cache))
+        s3fs.S3FileSystem.clear_instance_cache()  # the clients at hand know another endpoint
+        yield proxy
+        s3fs.S3FileSystem.clear_instance_cache()

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import s3fs
-from s3 import KEYS, FaultyS3, alter, environment, lose_answer, make_bucket, refuse, s3_server, truncate
+from s3 import KEYS, FaultyS3, alter, behind_proxy, lose_answer, make_bucket, refuse, s3_server, truncate
 
 from prefixquant.cluster.store import (
     ArtifactCorrupted,
@@ -36,14 +36,8 @@ def backend():
 
 @pytest.fixture
 def s3(backend, monkeypatch, tmp_path):
-    """The proxy, as the only S3 that this process knows."""
-    with FaultyS3(backend) as proxy:
-        for name, value in environment(proxy.endpoint).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("PREFIXQUANT_CACHE", str(tmp_path / "cache"))
-        s3fs.S3FileSystem.clear_instance_cache()  # the clients at hand know another endpoint
+    with behind_proxy(backend, monkeypatch, tmp_path / "cache") as proxy:
         yield proxy
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

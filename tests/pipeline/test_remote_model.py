@@ -9,7 +9,7 @@ import pytest
 import s3fs
 import tiny
 import torch
-from s3 import FaultyS3, environment, make_bucket, s3_server, truncate
+from s3 import behind_proxy, make_bucket, s3_server, truncate
 
 from prefixquant.cluster.remote_folder import RemoteFolder
 from prefixquant.pipeline.evaluation import evaluate_model
@@ -31,14 +31,8 @@ def backend():
 
 @pytest.fixture
 def s3(backend, monkeypatch, tmp_path):
-    """The server behind a proxy, as the only S3 that this process and its workers know."""
-    with FaultyS3(backend) as proxy:
-        for name, value in environment(proxy.endpoint).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("PREFIXQUANT_CACHE", str(tmp_path / "cache"))
-        s3fs.S3FileSystem.clear_instance_cache()
+    with behind_proxy(backend, monkeypatch, tmp_path / "cache") as proxy:
         yield proxy
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def upload(path, url):
