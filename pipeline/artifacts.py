@@ -1,6 +1,7 @@
 """Between artifacts in memory and files in the store: safetensors and JSON, no pickle."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from prefixquant.cluster.errors import StoreUnwritable
+from prefixquant.cluster.errors import CacheFull, StoreUnwritable
 from prefixquant.cluster.store import ArtifactStore, Manifest
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.errors import PrefixQuantError
@@ -67,10 +68,31 @@ def load_artifact(store: ArtifactStore, key: str) -> Artifact:
     """Return the artifact, verified, tensors on CPU. Raises ArtifactMissing or ArtifactCorrupted."""
     names = store.manifest(key).files
     return Artifact(
-        tensors=load_file(store.local_path(key, TENSORS)) if TENSORS in names else {},
+        tensors=_load_tensors(store, key) if TENSORS in names else {},
         record=json.loads(store.read(key, RECORD)),
         files={name: store.read(key, name) for name in names if name not in (TENSORS, RECORD)},
     )
+
+
+def _load_tensors(store: ArtifactStore, key: str) -> dict[str, Tensor]:
+    try:
+        return load_file(store.local_path(key, TENSORS))
+    except CacheFull:  # a node whose disk is full goes on, at the price of memory
+        return _load_from_memory(store.read(key, TENSORS))
+
+
+def _load_from_memory(data: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, placed in memory as the file itself would be.
+
+    Matrix products differ in their last bits with the alignment of their operands, and `safetensors.torch.load` puts
+    every tensor where Python happens to have room.
+    """
+    if not hasattr(os, "memfd_create"):
+        return load(data)
+    with open(os.memfd_create(TENSORS), "wb") as file:
+        file.write(data)
+        file.flush()
+        return load_file(f"/proc/self/fd/{file.fileno()}")
 
 
 def load_record(store: ArtifactStore, key: str) -> dict[str, Any]:

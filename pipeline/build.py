@@ -53,7 +53,8 @@ SEQUENTIAL = "/sequential"
 class Source:
     """A model at hand."""
 
-    path: Path
+    path: Path | str
+    """Local, or a URL."""
     fingerprint: str
 
 

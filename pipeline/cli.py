@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prefixquant.cluster.errors import ArtifactError
+from prefixquant.cluster.errors import ArtifactError, StoreUnavailable
 from prefixquant.cluster.jobs import JobError
 from prefixquant.pipeline.cli_compare import compare
 from prefixquant.pipeline.cli_eval import evaluate
@@ -37,7 +36,7 @@ def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     store: StoreOption = DEFAULT_STORE,
-    out: Annotated[Path | None, typer.Option(help="Folder that gets the loadable model.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or URL that gets the loadable model.")] = None,
     tracking: Annotated[
         str | None,
         typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow URI, or `off`. Default: a SQLite file in the store."),
@@ -245,4 +244,6 @@ def main() -> None:
 def _status(err: Exception) -> int:
     from prefixquant.pipeline.run import RunFailedError
 
+    if isinstance(err, StoreUnavailable):
+        return 1
     return 1 if isinstance(err, RunFailedError) and not err.input_is_wrong else 2

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from prefixquant.pipeline.recipe import ModelConfig
+from prefixquant.pipeline.remote_model import local_model
 from prefixquant.pipeline.source import resolve_source
 from prefixquant.tasks.errors import CheckpointError, ConfigError
 from prefixquant.tasks.evaluate import PerplexityConfig, merge_perplexity, model_nlls, share_of
@@ -60,7 +61,8 @@ def evaluate_model(
         raise ConfigError(f"--include-path {folder} is no folder; give one with lm-eval's YAML files")
     check_task_names(tasks, folder)
     documents = None if text is None else read_documents(TextConfig(source=text, split="evaluation"))
-    path = resolve_source(ModelConfig(source=model))
+    place = resolve_source(ModelConfig(source=model))
+    path = local_model(place) if isinstance(place, str) else place
     tokenizer = _tokenizer(path)
     windows = None
     if documents is not None:
@@ -143,7 +145,10 @@ def _device(device: str | None, gpus: int) -> str:
 
 
 def _tokenizer(path: Path) -> Any:
-    folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    # Left open, transformers asks on the terminal whether to run code that lies in the folder.
+    folder, options = path, dict[str, Any](trust_remote_code=False)
+    if path.suffix == ".gguf":
+        folder, options = path.parent, options | {"gguf_file": path.name}
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError) as err:

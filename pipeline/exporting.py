@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.artifacts import load_artifact
-from prefixquant.pipeline.materialize import new_folder, write_exported
+from prefixquant.pipeline.materialize import copy_to, exported, new_folder
 from prefixquant.tasks.errors import CheckpointError, ConfigError
 from prefixquant.tasks.export import is_exported
 from prefixquant.tasks.profiles.export import ProfileExport, ProfileExportConfig, export_profile
@@ -111,7 +111,7 @@ def _opened(source: str, store_url: str, out: Path) -> Iterator[_Source]:
     inputs = store.manifest(keys["export"]).meta["inputs"]
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-run-", dir=out.absolute().parent) as folder:
-        write_exported(store, keys["export"], inputs, Path(folder))
+        copy_to(Path(folder), exported(store, keys["export"], inputs))
         yield _Source(
             Path(folder),
             {"recipe": record["recipe"], "perplexity": record.get("ppl", [])},

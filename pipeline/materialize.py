@@ -27,6 +27,54 @@ def check_output(folder: Path) -> None:
         raise OutputError(f"--out {folder} holds other files; give a new or empty folder")
 
 
+Contents = Iterator[tuple[str, Path]]
+"""Names of files in a folder, perhaps in folders of it, and the verified local files that they are copies of."""
+
+
+def contents(graph: Graph, store: ArtifactStore, num_blocks: int) -> Contents:
+    """Give the files of a finished run's export, and those of its profiles in folders named after them."""
+    blocks = graph.nodes["export"].inputs["blocks"]
+    inputs: dict[str, str | tuple[str, ...]] = {
+        "blocks": tuple(graph.key(blocks[block]) for block in range(num_blocks)),
+        "ends": graph.key("rotate[ends]"),
+        "prefix": graph.key("prefix"),
+    }
+    yield from exported(store, graph.key("export"), inputs)
+    for name, node in graph.nodes.items():
+        if node.task is EXPORT_PROFILE:
+            yield from ((f"{node.config.profile}/{file}", path) for file, path in _files(store, graph.key(name)))
+
+
+def exported(store: ArtifactStore, export_key: str, inputs: Mapping[str, str | tuple[str, ...]]) -> Contents:
+    """Give the files of a stored export; `inputs`: keys of the artifacts it describes, by argument.
+
+    Raises:
+        ArtifactError: a stored artifact is missing or damaged.
+    """
+    yield from _files(store, export_key)
+    shards = {block_file(block): key for block, key in enumerate(inputs["blocks"])}
+    shards[ENDS_FILE] = str(inputs["ends"])
+    prefix = str(inputs["prefix"])
+    if TENSORS in store.manifest(prefix).files:
+        shards[PREFIX_FILE] = prefix
+    for name, key in shards.items():
+        yield name, store.local_path(key, TENSORS)
+
+
+def _files(store: ArtifactStore, key: str) -> Contents:
+    """Give an artifact's files, its record aside."""
+    for name in store.manifest(key).files:
+        if name != RECORD:
+            yield name, store.local_path(key, name)
+
+
+def copy_to(folder: Path, files: Contents) -> None:
+    """Copy files into a folder that exists."""
+    for name, path in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+
+
 def materialize(graph: Graph, store: ArtifactStore, folder: Path, num_blocks: int) -> None:
     """Write the export of a finished run to a folder, complete or not at all; an earlier export there is replaced.
 
@@ -34,43 +82,8 @@ def materialize(graph: Graph, store: ArtifactStore, folder: Path, num_blocks: in
         OutputError: it cannot be written.
         ArtifactError: a stored artifact is missing or damaged.
     """
-    blocks = graph.nodes["export"].inputs["blocks"]
-    inputs: dict[str, str | tuple[str, ...]] = {
-        "blocks": tuple(graph.key(blocks[block]) for block in range(num_blocks)),
-        "ends": graph.key("rotate[ends]"),
-        "prefix": graph.key("prefix"),
-    }
-    profiles = {node.config.profile: name for name, node in graph.nodes.items() if node.task is EXPORT_PROFILE}
     with new_folder(folder) as temporary:
-        write_exported(store, graph.key("export"), inputs, temporary)
-        for profile, name in profiles.items():
-            _copy_files(store, graph.key(name), temporary / profile)
-
-
-def write_exported(
-    store: ArtifactStore, export_key: str, inputs: Mapping[str, str | tuple[str, ...]], folder: Path
-) -> None:
-    """Write a stored export to a folder that exists; `inputs`: keys of the artifacts it describes, by argument.
-
-    Raises:
-        ArtifactError: a stored artifact is missing or damaged.
-    """
-    _copy_files(store, export_key, folder)
-    shards = {block_file(block): key for block, key in enumerate(inputs["blocks"])}
-    shards[ENDS_FILE] = str(inputs["ends"])
-    prefix = str(inputs["prefix"])
-    if TENSORS in store.manifest(prefix).files:
-        shards[PREFIX_FILE] = prefix
-    for name, key in shards.items():
-        shutil.copyfile(store.local_path(key, TENSORS), folder / name)
-
-
-def _copy_files(store: ArtifactStore, key: str, folder: Path) -> None:
-    """Copy an artifact's files, its record aside, into a folder."""
-    for name in store.manifest(key).files:
-        if name != RECORD:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(store.local_path(key, name), folder / name)
+        copy_to(temporary, contents(graph, store, num_blocks))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from prefixquant.cluster.refusals import holds_secrets, without_secrets
 from prefixquant.pipeline.overrides import apply_overrides, read_yaml
 from prefixquant.pipeline.schema import Key, build, schema_of
 from prefixquant.tasks.calibrate import CalibrateConfig
@@ -59,7 +60,7 @@ class ModelConfig:
     """The model that is quantized."""
 
     source: str
-    """Local Hugging Face folder, hub id, or path of a .gguf file."""
+    """Hugging Face folder, local or at a URL (s3://...); hub id; or path of a .gguf file."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub id. Off: its main branch."""
@@ -70,7 +71,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise ConfigError("model.source is empty; give a local folder, a hub id or a .gguf file")
-        if self.revision is not None and (self.source.endswith(".gguf") or self.source[0] in "/.~"):
+        elsewhere = self.source.endswith(".gguf") or self.source[0] in "/.~" or "://" in self.source
+        if self.revision is not None and elsewhere:
             raise ConfigError(f"model.revision is for hub ids; {self.source!r} is a local path, so leave it out")
 
 
@@ -400,6 +402,14 @@ def _problems(recipe: Recipe) -> list[str]:
             check_profile(find_profile(profile), quantize, recipe.transforms)
         except ConfigError as err:
             problems.append(str(err))
+    sources = {"model.source": (recipe.model.source,), "data.calibration": (recipe.data.calibration,)}
+    for key, urls in (sources | {"evaluate.texts": recipe.evaluate.texts}).items():
+        problems += [
+            f"{key} {without_secrets(url)} holds a user name, a password or a signature, which the run's record would "
+            f"show; take it out and give credentials by the environment"
+            for url in urls
+            if holds_secrets(url)
+        ]
     if not _NAME.fullmatch(recipe.name):
         problems.append(
             f"name must be 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit, got {recipe.name!r}"

@@ -14,22 +14,22 @@ from typing import Any
 import torch
 
 from prefixquant.cluster.ray_session import RaySession, connect
-from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore, StoreUnwritable
+from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore
 from prefixquant.pipeline.artifacts import load_artifact, load_record
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
 from prefixquant.pipeline.build_evaluation import is_result
 from prefixquant.pipeline.graph import Graph
-from prefixquant.pipeline.materialize import check_output, materialize
+from prefixquant.pipeline.output import check_place, write_model
 from prefixquant.pipeline.plan import Plan, make_plan
 from prefixquant.pipeline.progress import make_progress
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.runner import Event, RunResult, execute
-from prefixquant.pipeline.source import resolve_source, source_fingerprint
+from prefixquant.pipeline.source import model_at, resolve_source, source_fingerprint
 from prefixquant.pipeline.tracking import Tracker, flatten
 from prefixquant.pipeline.training import epoch_metrics, epoch_step
 from prefixquant.pipeline.worker import NodeResult
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
-from prefixquant.tasks.load import LoadedModel, load_model
+from prefixquant.tasks.load import LoadedModel
 
 EXPERIMENT = "prefixquant"
 
@@ -51,7 +51,8 @@ class RunOptions:
     """Where a run takes place; nothing of it enters an artifact's key."""
 
     store: str
-    out: Path | None = None
+    out: Path | str | None = None
+    """Folder, or URL, that gets the loadable model."""
     tracking: str | None = None
     """MLflow URI. None: a SQLite file beside a local store. "off": no tracking."""
     address: str | None = None
@@ -131,7 +132,7 @@ def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
     store = ArtifactStore(store_url)
     alone = Graph([load_node(source)])
     key = alone.key("load")
-    model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
+    model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else model_at(str(source.path))
     workers = torch.cuda.device_count() or os.cpu_count() or 1  # of the local cluster that a run would start
     graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available(), workers=workers)
     return graph, make_plan(graph, targets(graph), store, _previous(store, recipe.name))
@@ -148,7 +149,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
     if options.ranks is not None:
         _check_ranks(options.ranks, recipe)
     if options.out is not None:
-        check_output(options.out)
+        check_place(options.out)
     store = open_store(options.store)
     source = prepare(recipe)
     repairs = 0
@@ -198,7 +199,7 @@ def _run_once(
         result = run.execute(plan, session)
         record = load_artifact(store, graph.key("report")).record
         if options.out is not None:
-            materialize(graph, store, options.out, model.num_blocks)
+            write_model(graph, store, options.out, model.num_blocks)
         done = loaded if result is None else loaded | result.results
         run.finish(record, done, time.monotonic() - start)
     return RunSummary(
@@ -316,7 +317,7 @@ class _Tracked:
             yield
         except BaseException as err:
             interrupted = isinstance(err, KeyboardInterrupt) or getattr(err, "interrupted", False)
-            with suppress(StoreUnwritable):  # on a full disk it would hide which task failed
+            with suppress(ArtifactError):  # on a full disk it would hide which task failed
                 self._write_ref("interrupted" if interrupted else "failed")
             self.tracker.finish("KILLED" if interrupted else "FAILED")
             raise

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prefixquant.pipeline.graph import Resources, Task
 from prefixquant.pipeline.keys import outside_key
+from prefixquant.pipeline.source import checkpoint_at, model_at
 from prefixquant.pipeline.worker import TaskContext, TaskOutput
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.calibrate import CalibrateConfig, Ranges, calibrate_blocks
@@ -17,7 +18,7 @@ from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.export import ENDS_FILE, PREFIX_FILE, block_file, export_files
 from prefixquant.tasks.find_prefix import FindPrefixConfig, choose_prefix, down_input_peaks, prefix_key_values
 from prefixquant.tasks.gptq import GptqConfig
-from prefixquant.tasks.load import LoadedModel, load_model, read_ends, torch_dtype
+from prefixquant.tasks.load import LoadedModel, read_ends, torch_dtype
 from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, run_batched
 from prefixquant.tasks.model.saved import block_tensors
 from prefixquant.tasks.model.sites import OnlineTransforms, head_size
@@ -47,7 +48,7 @@ class LoadNode:
 
 def run_load(context: TaskContext) -> TaskOutput:
     """Check a checkpoint and keep its config and tokenizer."""
-    model = load_model(context.config.path)
+    model = model_at(context.config.path)
     return TaskOutput(model.to_artifact(), metrics={"num_blocks": model.num_blocks})
 
 
@@ -97,7 +98,7 @@ def run_rotate(context: TaskContext) -> TaskOutput:
     """Fold gains and rotations into one block, or into embedding and head."""
     config: RotateNode = context.config
     model = LoadedModel.from_artifact(context.inputs["load"])
-    family, checkpoint = model.family, model.checkpoint(config.path)
+    family, checkpoint = model.family, checkpoint_at(config.path, model.index)
     options: dict[str, Any] = {"dtype": torch_dtype(config.dtype), "device": context.device}
     if config.block is None:
         return TaskOutput(_ends_artifact(rotate_ends(read_ends(checkpoint, family), config.rotate, **options), model))
@@ -149,8 +150,8 @@ class RotatedBlocks(Sequence[Block]):
         return self._build(index=index, weights=self._artifacts[index].tensors)
 
 
-def _batch_size(windows: Tensor) -> int:
-    return max(1, BATCH_TOKENS // windows.shape[1])
+def _batch_size(windows: Tensor, context: TaskContext) -> int:
+    return max(1, BATCH_TOKENS // context.parts // windows.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +175,7 @@ def run_prefix(context: TaskContext) -> TaskOutput:
         windows = context.inputs["windows"].tensors["windows"]
         blocks = RotatedBlocks(context, model, config.transforms, None)
         stream = ends.embedding[windows].to(context.device)
-        peaks = down_input_peaks(blocks, stream, batch_size=_batch_size(windows), device=context.device)
+        peaks = down_input_peaks(blocks, stream, batch_size=_batch_size(windows, context), device=context.device)
         choice = choose_prefix(windows, peaks, model.bos_token_id, config.find)
         token_ids = choice.token_ids
         record = {
@@ -217,7 +218,7 @@ def run_calibrate(context: TaskContext) -> TaskOutput:
         prefix_tensors(context.inputs["prefix"]),
         stream,
         config.calibrate,
-        batch_size=_batch_size(windows),
+        batch_size=_batch_size(windows, context),
         device=context.device,
     )
     tensors: dict[str, Tensor] = {}
@@ -252,7 +253,7 @@ def run_stream(context: TaskContext) -> TaskOutput:
     stream = context.inputs["stream"].tensors["stream"]
     prefix = block_prefix(prefix_tensors(context.inputs["prefix"]), previous, context.device)
     output = run_batched(
-        partial(block, prefix=prefix), stream, _batch_size(stream), context.device, f"stream, block {previous}"
+        partial(block, prefix=prefix), stream, _batch_size(stream, context), context.device, f"stream, block {previous}"
     )
     return TaskOutput(Artifact({"stream": output}))
 
@@ -283,7 +284,7 @@ def run_block(context: TaskContext) -> TaskOutput:
         block_prefix(prefix_tensors(context.inputs["prefix"]), config.block, context.device),
         config.quantize.weights,
         config.search,
-        batch_size=_batch_size(stream),
+        batch_size=_batch_size(stream, context),
         gptq=config.gptq,
     )
     spec = config.quantize.weights

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from prefixquant.pipeline.graph import Task
 from prefixquant.pipeline.keys import outside_key
-from prefixquant.pipeline.stages import model_ends, prefix_tensors
+from prefixquant.pipeline.source import checkpoint_at
+from prefixquant.pipeline.stages import BATCH_TOKENS, model_ends, prefix_tensors
 from prefixquant.pipeline.worker import TaskContext, TaskOutput
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.evaluate import block_nlls, merge_perplexity, share_of
@@ -108,18 +109,25 @@ def _nlls(context: TaskContext, config: ModelNode, windows_NT: Tensor) -> Tensor
     """Return the negative log-likelihood of each window, with one block held at a time."""
     model = LoadedModel.from_artifact(context.inputs["load"])
     if config.variant == "full_precision":
-        original = read_ends(model.checkpoint(config.path), model.family)
+        original = read_ends(checkpoint_at(config.path, model.index), model.family)
         dtype = torch_dtype(config.dtype)
         ends = Ends(*(part.to(dtype) for part in (original.embedding, original.gain, original.head)))
         blocks = _original_blocks(context, config, model)
     else:
         ends = model_ends(context.inputs["ends"], model)
         blocks = _quantized_blocks(context, config, model)
-    return block_nlls(blocks, ends, model.config.rms_norm_eps, windows_NT, device=context.device)
+    return block_nlls(
+        blocks,
+        ends,
+        model.config.rms_norm_eps,
+        windows_NT,
+        device=context.device,
+        batch_tokens=BATCH_TOKENS // context.parts,
+    )
 
 
 def _original_blocks(context: TaskContext, config: ModelNode, model: LoadedModel) -> Iterator[tuple[Block, None]]:
-    checkpoint, dtype = model.checkpoint(config.path), torch_dtype(config.dtype)
+    checkpoint, dtype = checkpoint_at(config.path, model.index), torch_dtype(config.dtype)
     shapes, transforms = block_shapes(model.config, 0), OnlineTransforms(r3=False, r4=False)
     for index in range(model.num_blocks):
         weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index, shapes).items()}

@@ -85,8 +85,12 @@ def _place_problems(options: SubmitOptions) -> Iterator[str]:
     """Yield what is wrong with store, output folder, tracking and working folder."""
     if options.working_dir is not None and not options.working_dir.is_dir():
         yield f"--working-dir {options.working_dir} is no folder of this machine"
-    if options.out is not None and not options.out.startswith("/"):
-        yield f"--out {options.out} would be lost with the job; give an absolute path on a disk of the head node"
+    out = options.out
+    if out is not None and "://" in out:
+        if problem := _url_problem("--out", out):
+            yield problem
+    elif out is not None and not out.startswith("/"):
+        yield f"--out {out} would be lost with the job; give a URL, or an absolute path on a disk of the head node"
     if problem := _url_problem("--store", options.store):
         yield problem
     tracking = options.tracking

@@ -63,6 +63,9 @@ class TaskContext:
     scratch: Callable[[], Path] | None = None
     """Makes the folder for large files of this task (once); it goes when the artifact is stored."""
 
+    parts: int = 1
+    """By how much less than usual passes a block at once; 2 after the GPU's memory did not suffice."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaskOutput:
@@ -135,27 +138,30 @@ class NodeCall:
     sharding: str = "rows"
     """How several processes divide what they train: `rows` (tasks/sharded_steps.py), or `zero` (DeepSpeed)."""
 
+    parts: int = 1
+    """See `TaskContext.parts`."""
+
 
 def run_member(member: Membership, call: NodeCall) -> NodeResult:
     """Run the node on one of several processes that work on it together; rank 0 publishes."""
-    with _joined(member, call.sharding, _device()) as ranks:
+    with _joined(member, call.sharding, _device(), call.parts) as ranks:
         return run_node(call, ranks)
 
 
 @contextmanager
-def _joined(member: Membership, sharding: str, device: torch.device) -> Iterator[Ranks]:
+def _joined(member: Membership, sharding: str, device: torch.device, parts: int) -> Iterator[Ranks]:
     """Give this process's place among those that train together."""
     if sharding == "zero":
         from prefixquant.cluster.deepspeed_ranks import join
 
-        with join(member, device) as zero:
+        with join(member, device, parts=parts) as zero:
             yield zero
         return
     from prefixquant.cluster.process_group import process_group
     from prefixquant.tasks.sharded_steps import ShardedRanks
 
     with process_group(member, device):
-        rows = ShardedRanks()
+        rows = ShardedRanks(parts=parts)
         yield rows
         rows.close()
 
@@ -173,7 +179,8 @@ def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | 
     torch.set_num_threads(call.cpus)
     _reset_peaks(device)
     try:
-        return _run_and_publish(call, ArtifactStore(call.store_url), device, ranks or SingleRank())
+        ranks = ranks or SingleRank(parts=call.parts)
+        return _run_and_publish(call, ArtifactStore(call.store_url), device, ranks)
     except Exception as err:
         traceback.clear_frames(err.__traceback__)  # their tensors would outlive the task with the error
         raise
@@ -206,6 +213,7 @@ def _run_in(
         ranks=ranks,
         post=lambda text, metrics, step: send({"text": text, "metrics": dict(metrics), "step": step}),
         scratch=scratch,
+        parts=call.parts,
     )
     output = call.task.run(context)
     missing = sorted(wanted - output.byproducts.keys() - set(products.stored())) if ranks.rank == 0 else []
@@ -230,6 +238,7 @@ def _run_in(
         "peak_host_bytes": result.peak_host_bytes,
         "peak_device_bytes": result.peak_device_bytes,
         "metrics": result.metrics,
+        "parts": call.parts,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": _versions(),
     }

@@ -130,7 +130,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> PretrainedConfig:
     """Return the transformers config of an exported folder."""
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as err:
         reason = str(err).splitlines()[0]
         raise CheckpointError(f"{folder}: {CONFIG} cannot be read ({reason}); run the recipe again") from err

@@ -38,10 +38,6 @@ class LoadedModel:
     index: dict[str, Any] | None
     """The checkpoint's, see `Checkpoint.index`."""
 
-    def checkpoint(self, path: str) -> Checkpoint:
-        """Return the checkpoint itself, which lies at `path`."""
-        return cached_checkpoint(path, self.index)
-
     @property
     def num_blocks(self) -> int:
         """Decoder blocks."""
@@ -71,7 +67,7 @@ class LoadedModel:
         with tempfile.TemporaryDirectory() as folder:
             for name, data in self.files.items():
                 Path(folder, name).write_bytes(data)
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 _opened: dict[tuple[object, ...], Checkpoint] = {}
@@ -90,24 +86,28 @@ def cached_checkpoint(path: str, index: dict[str, Any] | None = None) -> Checkpo
     return _opened[identity]
 
 
-def load_model(path: str) -> LoadedModel:
+def load_model(path: str, checkpoint: Checkpoint | None = None) -> LoadedModel:
     """Return what a local folder or .gguf file holds, after checking every tensor's name and shape.
+
+    `checkpoint`: the opened checkpoint, if `path` is not local; its own path then holds config and tokenizer.
 
     Raises:
         CheckpointError: it is missing, damaged or incomplete.
         UnsupportedModelError: its architecture is not known.
     """
-    if (Path(path) / "prefixquant.json").is_file():
+    folder = Path(path) if checkpoint is None else checkpoint.path
+    if (folder / "prefixquant.json").is_file():
         raise CheckpointError(f"{path} is a quantized model already; give the original one")
-    checkpoint = cached_checkpoint(path)
+    checkpoint = checkpoint or cached_checkpoint(path)
     config, family = check_checkpoint(checkpoint)
-    tokenizer = _load_tokenizer(Path(path))
+    tokenizer = _load_tokenizer(folder)
     bos = tokenizer.bos_token_id
     if bos is None and family.eos_serves_as_bos:
         bos = config.bos_token_id if config.bos_token_id is not None else tokenizer.eos_token_id
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save_pretrained(saved)
+        files = {file.name: file.read_bytes() for file in Path(saved).iterdir() if file.is_file()}
+    config.name_or_path = ""  # where it lies is no part of it
     files[CONFIG] = config.to_json_string(use_diff=False).encode()
     own = Path(path) / GENERATION_CONFIG
     files[GENERATION_CONFIG] = (
@@ -120,11 +120,12 @@ def load_model(path: str) -> LoadedModel:
 def _load_tokenizer(path: Path) -> Any:
     try:
         if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path)
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as err:
         reason = str(err).splitlines()[0]
-        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({reason}); add tokenizer.json") from err
+        advice = "code of a model's folder is never run: " if "custom code" in reason else ""
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({reason}); {advice}add tokenizer.json") from err
 
 
 def read_ends(checkpoint: Checkpoint, family: ModelFamily) -> Ends:

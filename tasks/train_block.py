@@ -414,7 +414,8 @@ def mean_loss(module: BlockLoss, data: BlockData, config: TrainConfig, ranks: Ra
     device = data.inputs.device
     count, length = data.inputs.data.shape[:2]
     # Equal parts, as large as may be: on a small model the launches of a forward take longer than its arithmetic.
-    size = max(each for each in range(1, max(1, FORWARD_TOKENS // length) + 1) if count % each == 0)
+    most = max(1, FORWARD_TOKENS // ranks.parts // length)
+    size = max(each for each in range(1, most + 1) if count % each == 0)
     starts = range(0, count, size)
     total = torch.zeros((), dtype=torch.float64, device=device)
     with autocast(device, config.precision):
