@@ -18,7 +18,9 @@ from prefixquant.tasks.export import load_quantized, read_description
 from prefixquant.tasks.harness import Answer, HarnessConfig, Request, answer, build_requests, check_task_names, score
 from prefixquant.tasks.load import load_original
 from prefixquant.tasks.processes import run_shards
-from prefixquant.tasks.profiles.prefix_adapter import FOLDER
+from prefixquant.tasks.profiles.exact_loader import complete
+from prefixquant.tasks.profiles.folder import LOADER
+from prefixquant.tasks.profiles.prefix import ADAPTER
 from prefixquant.tasks.texts import TextConfig, cut_windows, read_documents, tokenize
 
 
@@ -119,14 +121,16 @@ def load_any(path: Path, devices: Sequence[torch.device]) -> tuple[Any, list[int
     """
     description = read_description(path) if (path / "prefixquant.json").is_file() else None
     token_ids = [] if description is None else list(description["prefix_token_ids"])
-    if description is not None and description.get("profile", "prefixquant") == "prefixquant":
+    if description is not None and "export" not in description:
         return load_quantized(path, device=devices), token_ids
     model = load_original(str(path), "auto", devices)
-    if not (path / FOLDER).is_dir():
+    if (path / LOADER).is_file():  # online rotations, or a cache that quantizes: what transformers leaves out
+        model = complete(model, path)
+    if not (path / ADAPTER).is_dir():
         return model, []
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(path / FOLDER)).eval(), token_ids
+    return PeftModel.from_pretrained(model, str(path / ADAPTER)).eval(), token_ids
 
 
 def _device(device: str | None, gpus: int) -> str:

@@ -28,7 +28,7 @@ class Gang:
     shares: int = 1
     """Such nodes that run at the same time, among which the GPUs are divided."""
 
-    sharding: str = "rows"
+    sharding: str = "zero"
     """How the processes divide what they train (`TrainConfig.sharding`)."""
 
 

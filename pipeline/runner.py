@@ -250,7 +250,7 @@ class _Run:
             byproducts=byproducts,
             cpus=cpus,
             mailbox=self.session.mailbox() if gang is not None else None,
-            sharding="rows" if gang is None else gang.sharding,
+            sharding="zero" if gang is None else gang.sharding,
             parts=2 if name in self.reduced else 1,
         )
         ranks = self.num_ranks(node)

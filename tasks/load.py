@@ -142,9 +142,10 @@ def load_original(path: str, dtype: str, devices: Sequence[torch.device]) -> Any
         CheckpointError: transformers cannot load it.
     """
     source = Path(path)
-    folder, options = source, dict[str, Any]()
+    # Left open, transformers asks on the terminal whether to run code that lies in the folder.
+    folder, options = source, dict[str, Any](trust_remote_code=False)
     if source.suffix == ".gguf":
-        folder, options = source.parent, {"gguf_file": source.name}
+        folder, options = source.parent, options | {"gguf_file": source.name}
     try:
         if len(devices) > 1:
             config = AutoConfig.from_pretrained(folder, **options)

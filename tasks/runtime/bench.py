@@ -6,6 +6,7 @@ Results are checked against the operators' references first; where the check fai
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +167,9 @@ def _linears(model: Any, report: BenchReport, ok: bool, name: str, rows: tuple[i
                 linear(x)
 
         codes = [site(x) for (_, site), x in zip(first, inputs, strict=True)]
-        ours = graph_us([lambda block=block: coded(block) for block in blocks])
-        products = graph_us([lambda block=block, codes=codes: alone(block, codes) for block in blocks])
-        theirs = graph_us([lambda weights=weights: bf16(weights) for weights in plain])
+        ours = graph_us([partial(coded, block) for block in blocks])
+        products = graph_us([partial(alone, block, codes) for block in blocks])
+        theirs = graph_us([partial(bf16, weights) for weights in plain])
         report.figures |= {f"linears/{name}/{count}/us": ours, f"linears/{name}/{count}/bf16_us": theirs}
         gain = f"{theirs / ours:.2f}x" if ok else "not compared"
         report.line(
@@ -241,7 +242,7 @@ def _whole(
         step = {"input_ids": ids, cache_name(model.base_model): cache}
         for _ in range(3):  # loads the kernels, records the graph, replays it
             model(**step)
-        ms = median_ms(lambda step=step: model(**step), rounds=20)
+        ms = median_ms(partial(model, **step), rounds=20)
         kept = sum(layer.keys[:, :, : config.prompt].nbytes * 2 for layer in cache.layers)
         weights = sum(t.nbytes for b in _blocks(model) for t in b.buffers()) + model.lm_head.weight.nbytes
         share = (weights + kept) / (ms / 1e3) / rate

@@ -77,7 +77,8 @@ class InputSite(nn.Module):
     def gated(self, product: Product, hadamard: bool, block: int | None = None) -> Coded:
         """Return silu(gate) * up, through the online Hadamard transform (in blocks) if asked for, as codes."""
         if hadamard and block is not None:
-            return self._gated_in_blocks(*product.finished().chunk(2, dim=-1), block)
+            gate, up = product.finished().chunk(2, dim=-1)
+            return self._gated_in_blocks(gate, up, block)
         if hadamard and self.bits is not None:
             gate, up = product.values.chunk(2, dim=-1)
             return Coded(
@@ -140,9 +141,9 @@ class CodedLinear(nn.Module):
 
     def forward(self, x: Coded, *, finished: bool = False) -> Product:
         """Return the product [B, T, O]; `finished`: with its channels' scales in any case."""
-        one_scale = x.values.dtype == torch.float8_e4m3fn and x.scale is not None and not x.scale.ndim
-        if one_scale and self.bias is None and not finished:
-            return Product(quantized_products(x.values, x.scale, self._wide(x), dtype=self.dtype), self.weight_scale)
+        wide, scale = x.values.dtype == torch.float8_e4m3fn, x.scale
+        if wide and scale is not None and not scale.ndim and self.bias is None and not finished:
+            return Product(quantized_products(x.values, scale, self._wide(x), dtype=self.dtype), self.weight_scale)
         y = quantized_linear(x.values, x.scale, self._wide(x), self.weight_scale, self.bias, dtype=self.dtype)
         return Product(y, None)
 
