@@ -16,6 +16,7 @@ from rich.table import Table
 
 from prefixquant.cluster.errors import ArtifactError, StoreUnavailable
 from prefixquant.cluster.jobs import JobError
+from prefixquant.pipeline.cli_bench import bench
 from prefixquant.pipeline.cli_compare import compare
 from prefixquant.pipeline.cli_eval import evaluate
 from prefixquant.pipeline.cli_export import export
@@ -186,6 +187,7 @@ def gc(
     )
 
 
+app.command()(bench)
 app.command()(export)
 app.command("eval")(evaluate)
 app.command("compare")(compare)

@@ -3,7 +3,7 @@
 Results are checked against the operators' references first; where the check fails no speed-up is printed.
 """
 
-import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -327,28 +327,8 @@ def _compare(ours: dict[str, float], theirs: dict[str, float], report: BenchRepo
 
 
 def main() -> None:
-    """Measure what the command line says, without the rest of the package."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help=f"folder, or one of {', '.join(SHAPES)}")
-    parser.add_argument("--blocks", type=int)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 64])
-    parser.add_argument("--no-baseline", action="store_true")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--no-dynamic", action="store_true")
-    parser.add_argument("--json", type=Path, help="file that gets the figures")
-    args = parser.parse_args()
-    config = BenchConfig(
-        blocks=args.blocks,
-        batches=tuple(args.batches),
-        baseline=not args.no_baseline,
-        compiled=not args.no_compile,
-        dynamic=not args.no_dynamic,
-    )
-    report = bench(args.model, config, say=lambda text: print(text, flush=True))
-    if args.json:
-        args.json.write_text(json.dumps(report.figures, indent=2) + "\n")
+    """Measure a shape with the defaults: `python -m prefixquant.tasks.runtime.bench SHAPE`, where typer is missing."""
+    bench(sys.argv[1], BenchConfig(), say=lambda text: print(text, flush=True))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How faithful the runtime is to the simulation that was evaluated: `python -m prefixquant.tasks.runtime.faithful`.
+"""How faithful the runtime is to the simulation that was evaluated (`prefixquant bench FOLDER --text FILE`).
 
 Letters: N windows, T tokens, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +26,10 @@ class Faithfulness:
     ppl_runtime: float
     tokens: int
     """Tokens compared."""
+
+    def to_json(self) -> dict[str, float]:
+        """Return it as JSON types."""
+        return asdict(self)
 
     def __str__(self) -> str:
         """Return it in a line."""
@@ -53,32 +57,3 @@ def compare_with_simulation(
             losses[index] += F.cross_entropy(each_TV[:-1], window_T[1:], reduction="sum")
     mean = losses / (tokens - len(windows_NT))
     return Faithfulness(same / tokens, math.exp(mean[0]), math.exp(mean[1]), tokens)
-
-
-def main() -> None:
-    """Print the comparison for a folder and a text."""
-    import argparse
-
-    from transformers import AutoTokenizer
-
-    from prefixquant.tasks.texts import TextConfig, cut_windows, read_documents, tokenize
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    args = parser.parse_args()
-    tokens = tokenize(AutoTokenizer.from_pretrained(args.folder), read_documents(TextConfig(source=args.text)))
-    windows = cut_windows(tokens, args.length, args.windows)
-    for name in args.dtypes:
-        found = compare_with_simulation(
-            args.folder, windows, device=torch.device(args.device), dtype=getattr(torch, name)
-        )
-        print(f"{name}: {found}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

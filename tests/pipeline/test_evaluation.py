@@ -9,7 +9,7 @@ from prefixquant.pipeline.evaluation import load_any
 from prefixquant.tasks.find_prefix import prefix_key_values
 from prefixquant.tasks.harness import Request
 from prefixquant.tasks.harness_model import PrefixModel
-from prefixquant.tasks.profiles.prefix_adapter import FOLDER, adapter_files
+from prefixquant.tasks.profiles.prefix import ADAPTER, adapter_files
 
 PREFIX = [9, 3, tiny.BOS]
 IDS = tiny.random_ids(2, 10)
@@ -19,9 +19,9 @@ def test_a_stock_model_is_measured_behind_the_adapter_beside_it(tmp_path):
     model = tiny.write_tiny_model(tmp_path, blocks=2)
     blocks, ends = tiny.build_blocks(model), tiny.build_ends(model)
     keys, values = prefix_key_values(blocks, ends.embedding[torch.tensor(PREFIX)], device=tiny.CPU)
-    (tmp_path / FOLDER).mkdir()
+    (tmp_path / ADAPTER).mkdir()
     for name, content in adapter_files(keys, values, model.config).items():
-        (tmp_path / FOLDER / name).write_bytes(content)
+        (tmp_path / ADAPTER / name).write_bytes(content)
     described = {"format": 1, "profile": "stock", "prefix_token_ids": PREFIX}
     (tmp_path / "prefixquant.json").write_text(json.dumps(described))
     loaded, token_ids = load_any(tmp_path, [tiny.CPU])
