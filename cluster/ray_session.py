@@ -80,6 +80,8 @@ class RaySession:
         self._owned = owned
         self._remotes: dict[tuple[Callable[..., Any], bool], Any] = {}
         self._box: Any = None
+        self.device: str | None = None
+        """Where tasks compute: Ray says, each time."""
         self._nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.cpus = int(sum(node.get("CPU", 0) for node in self._nodes))
         """Cores of the whole cluster."""

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactMissing, ResourceError, StoreUnwritable
+from prefixquant.cluster.inline_session import InlineSession
 from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
@@ -37,6 +38,9 @@ _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     (MemoryError, "Too little memory: lower the batch or calibration size of that task, or use a larger machine."),
     (TaskLostError, "The worker died each time, mostly for lack of memory. Run again to go on from here."),
 )
+Session = RaySession | InlineSession
+"""Where a run's tasks go."""
+
 _INPUT_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedModelError)
 _DEFAULT_ADVICE = "Run again to go on from here; what is finished is stored."
 
@@ -121,7 +125,7 @@ def execute(
     graph: Graph,
     targets: Collection[str],
     store: ArtifactStore,
-    session: RaySession,
+    session: Session,
     *,
     ranks: int | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -161,7 +165,7 @@ class _Run:
         graph: Graph,
         targets: Collection[str],
         store: ArtifactStore,
-        session: RaySession,
+        session: Session,
         ranks: int | None,
         on_event: Callable[[Event], None],
     ) -> None:
@@ -234,6 +238,7 @@ class _Run:
             input_keys=self.graph.input_keys(name),
             byproducts=byproducts,
             cpus=cpus,
+            device=self.session.device,
             mailbox=self.session.mailbox() if node.resources.gang is not None else None,
         )
         ranks = self.num_ranks(node)

@@ -100,8 +100,11 @@ def run_rotate(context: TaskContext) -> TaskOutput:
     family, checkpoint = model.family, model.checkpoint(config.path)
     options: dict[str, Any] = {"dtype": torch_dtype(config.dtype), "device": context.device}
     if config.block is None:
-        return TaskOutput(_ends_artifact(rotate_ends(read_ends(checkpoint, family), config.rotate, **options), model))
+        ends = read_ends(checkpoint, family)
+        context.traffic.read += sum(part.nbytes for part in (ends.embedding, ends.gain, ends.head))
+        return TaskOutput(_ends_artifact(rotate_ends(ends, config.rotate, **options), model))
     weights = checkpoint.read_block(family, config.block, block_shapes(model.config, config.block))
+    context.traffic.read += sum(weight.nbytes for weight in weights.values())
     head_dim = head_size(model.config)
     return TaskOutput(Artifact(rotate_block(weights, family, head_dim, config.block, config.rotate, **options)))
 
@@ -313,6 +316,7 @@ def run_evaluate(context: TaskContext) -> TaskOutput:
     windows = context.inputs["windows"].tensors["windows"]
     if config.variant == "full_precision":
         original = read_ends(model.checkpoint(config.path), model.family)
+        context.traffic.read += sum(part.nbytes for part in (original.embedding, original.gain, original.head))
         dtype = torch_dtype(config.dtype)
         ends = Ends(*(part.to(dtype) for part in (original.embedding, original.gain, original.head)))
         blocks = _original_blocks(context, model)
@@ -335,7 +339,9 @@ def _original_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple
     checkpoint, dtype = model.checkpoint(config.path), torch_dtype(config.dtype)
     shapes = block_shapes(model.config, 0)
     for index in range(model.num_blocks):
-        weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index, shapes).items()}
+        stored = checkpoint.read_block(model.family, index, shapes)
+        context.traffic.read += sum(weight.nbytes for weight in stored.values())
+        weights = {name: weight.to(dtype) for name, weight in stored.items()}
         yield _block(context, model, index, weights, OnlineTransforms(r3=False, r4=False)), None
 
 

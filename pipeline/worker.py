@@ -19,7 +19,7 @@ from prefixquant.cluster.mailbox import Mailbox
 from prefixquant.cluster.ray_session import assigned_gpus
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.cluster.worker_group import Membership
-from prefixquant.pipeline.access import Byproduct, InputKeys, LazyInputs, Products
+from prefixquant.pipeline.access import Byproduct, InputKeys, LazyInputs, Products, Traffic
 from prefixquant.pipeline.artifacts import publish_artifact
 from prefixquant.pipeline.graph import GraphError, Task
 from prefixquant.pipeline.keys import plain_config
@@ -60,6 +60,9 @@ class TaskContext:
     post: Post = post_nothing
     """Tells the run how far the task is."""
 
+    traffic: Traffic = field(default_factory=Traffic)
+    """Bytes moved so far. Inputs and products are counted; what a task reads besides it adds itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaskOutput:
@@ -97,6 +100,12 @@ class NodeResult:
     byproducts: tuple[str, ...] = ()
     """Labels of its byproducts that are in the store."""
 
+    read_bytes: int = 0
+    """Read from the store and the checkpoint."""
+
+    written_bytes: int = 0
+    """Written to the store, byproducts included."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeCall:
@@ -116,6 +125,9 @@ class NodeCall:
     cpus: int
     """Torch threads."""
 
+    device: str | None = None
+    """Where to compute. None: on the GPU that Ray has assigned, or else on the CPU."""
+
     mailbox: Mailbox | None = None
     """Where to say how far the task is."""
 
@@ -124,7 +136,7 @@ def run_member(member: Membership, call: NodeCall) -> NodeResult:
     """Run the node on one of several processes that work on it together; rank 0 publishes."""
     from prefixquant.cluster.deepspeed_ranks import join
 
-    with join(member, _device()) as ranks:
+    with join(member, _device(call)) as ranks:
         return run_node(call, ranks)
 
 
@@ -136,7 +148,7 @@ def run_node(call: NodeCall, ranks: Ranks | None = None) -> NodeResult:
     Raises what the task raises, ArtifactMissing or ArtifactCorrupted for an input, StoreUnwritable.
     """
     _freeze_imports()
-    device = _device()
+    device = _device(call)
     torch.set_num_threads(call.cpus)
     _reset_peaks(device)
     try:
@@ -153,17 +165,23 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
     assert call.task.run is not None, f"{call.node} can only be yielded"
     wanted = frozenset(label for label, each in call.byproducts.items() if each.wanted)
     send = _sender(call, ranks)
+    traffic = Traffic()
     products = Products(
-        store, call.byproducts, publishes=ranks.rank == 0, on_published=lambda label: send({"product": label})
+        store,
+        call.byproducts,
+        publishes=ranks.rank == 0,
+        on_published=lambda label: send({"product": label}),
+        traffic=traffic,
     )
     context = TaskContext(
         config=call.config,
-        inputs=LazyInputs(store, call.input_keys),
+        inputs=LazyInputs(store, call.input_keys, traffic),
         device=device,
         byproducts=wanted,
         products=products,
         ranks=ranks,
         post=lambda text, metrics, step: send({"text": text, "metrics": dict(metrics), "step": step}),
+        traffic=traffic,
     )
     output = call.task.run(context)
     missing = sorted(wanted - output.byproducts.keys() - set(products.stored())) if ranks.rank == 0 else []
@@ -175,6 +193,7 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         stored_bytes=0,
         metrics={name: float(value) for name, value in output.metrics.items()},
+        read_bytes=traffic.read,
     )
     if ranks.rank != 0:
         return result
@@ -187,6 +206,7 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
         "seconds": result.seconds,
         "peak_host_bytes": result.peak_host_bytes,
         "peak_device_bytes": result.peak_device_bytes,
+        "read_bytes": result.read_bytes,
         "metrics": result.metrics,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": _versions(),
@@ -199,7 +219,8 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
     return replace(
         result,
         seconds=time.perf_counter() - start,
-        stored_bytes=sum(entry.size for entry in manifest.files.values()),
+        stored_bytes=manifest.size,
+        written_bytes=manifest.size + traffic.written,
         byproducts=products.stored(),
     )
 
@@ -214,7 +235,9 @@ def _sender(call: NodeCall, ranks: Ranks) -> Callable[[dict[str, Any]], None]:
     return send
 
 
-def _device() -> torch.device:
+def _device(call: NodeCall) -> torch.device:
+    if call.device is not None:
+        return torch.device(call.device)
     # Ray leaves all GPUs visible to a task that was given none, so torch.cuda.is_available() alone says nothing.
     return torch.device("cuda", 0) if assigned_gpus() and torch.cuda.is_available() else torch.device("cpu")
 

@@ -1,0 +1,212 @@
+"""Rehearse a run on a model of any shape with random weights, made where it runs: `python -m prefixquant.pipeline.rehearse`.
+
+A few blocks of a large model cost what they cost in the whole one, so a rehearsal tells memory, seconds and bytes of
+every stage before the model is there. It goes through the same graph, tasks and store as a run; without Ray (not
+installed, or `--inline`) in this process, task after task.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from prefixquant.cluster.inline_session import InlineSession
+from prefixquant.cluster.ray_session import connect
+from prefixquant.cluster.store import ArtifactStore
+from prefixquant.pipeline.artifacts import load_artifact
+from prefixquant.pipeline.build import Source, build_graph, load_node, targets
+from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.recipe import load_recipe
+from prefixquant.pipeline.runner import Event, RunResult, Session, execute
+from prefixquant.pipeline.source import source_fingerprint
+from prefixquant.tasks.load import LoadedModel
+from prefixquant.tasks.random_checkpoint import MIN_VOCABULARY, SHAPES, write_random_checkpoint
+
+RECIPE = "llama-3-70b-w4a4kv4-trained"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageCost:
+    """What the tasks of one stage cost together."""
+
+    stage: str
+    tasks: int
+    seconds: float
+    """Sum."""
+    slowest: float
+    """Seconds of the slowest task."""
+    peak_device_bytes: int
+    peak_host_bytes: int
+    read_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a rehearsal found."""
+
+    graph: Graph
+    result: RunResult
+    model: LoadedModel
+    stages: list[StageCost]
+    device: str
+    checkpoint_seconds: float
+    """Of making the random checkpoint."""
+    checkpoint_bytes: int
+
+
+def rehearse(
+    shape: str,
+    blocks: int,
+    folder: Path,
+    *,
+    recipe: str = RECIPE,
+    overrides: Sequence[str] = (),
+    vocabulary: int = MIN_VOCABULARY,
+    inline: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Rehearsal:
+    """Make the checkpoint in `folder`, run the recipe on it and return what it cost.
+
+    Args:
+        shape: one of `SHAPES`.
+        blocks: of the model.
+        folder: gets the model and the store.
+        recipe: name or file. Its model and texts are replaced, and nothing is evaluated unless an override says so.
+        overrides: `key=value` of the recipe.
+        vocabulary: tokens of the model.
+        inline: do without Ray.
+        on_event: called with what happens.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    dtype = torch.bfloat16 if gpu else torch.float32
+    start = time.monotonic()
+    path = folder / "model"
+    size = write_random_checkpoint(
+        path, SHAPES[shape], blocks=blocks, vocabulary=vocabulary, dtype=dtype, device=device
+    )
+    made = time.monotonic() - start
+    if gpu:
+        torch.cuda.empty_cache()
+    own = [f"model.source={path}", "data.calibration=python-docs", "evaluate.texts=[]"]
+    checked = replace(load_recipe(recipe, [*own, *overrides]), name="rehearsal")
+    store = ArtifactStore(str(folder / "store"))
+    source = Source(path=path, fingerprint=source_fingerprint(path))
+    with _session(inline) as session:
+        loading = Graph([load_node(source)])
+        execute(loading, ["load"], store, session)
+        model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
+        graph = build_graph(checked, source, model, gpu=session.gpus > 0)
+        result = execute(graph, targets(graph), store, session, on_event=on_event)
+    name = torch.cuda.get_device_name(device) if gpu else "cpu"
+    return Rehearsal(graph, result, model, _stages(graph, result), name, made, size)
+
+
+@contextmanager
+def _session(inline: bool) -> Iterator[Session]:
+    if inline or find_spec("ray") is None:
+        with InlineSession(device="cuda:0" if torch.cuda.is_available() else "cpu") as here:
+            yield here
+    else:
+        with connect() as cluster:
+            yield cluster
+
+
+def _stages(graph: Graph, result: RunResult) -> list[StageCost]:
+    found: dict[str, StageCost] = {}
+    for name in graph.order:
+        each = result.results.get(name)
+        if each is None:
+            continue
+        stage = graph.nodes[name].task.name
+        so_far = found.get(stage) or StageCost(
+            stage=stage,
+            tasks=0,
+            seconds=0.0,
+            slowest=0.0,
+            peak_device_bytes=0,
+            peak_host_bytes=0,
+            read_bytes=0,
+            written_bytes=0,
+        )
+        found[stage] = StageCost(
+            stage=stage,
+            tasks=so_far.tasks + 1,
+            seconds=so_far.seconds + each.seconds,
+            slowest=max(so_far.slowest, each.seconds),
+            peak_device_bytes=max(so_far.peak_device_bytes, each.peak_device_bytes),
+            peak_host_bytes=max(so_far.peak_host_bytes, each.peak_host_bytes),
+            read_bytes=so_far.read_bytes + each.read_bytes,
+            written_bytes=so_far.written_bytes + each.written_bytes,
+        )
+    return list(found.values())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the arguments, rehearse and print a table; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to replace")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-70b")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=MIN_VOCABULARY, help="tokens; Llama 3 has 128256")
+    parser.add_argument("--recipe", default=RECIPE)
+    parser.add_argument("--folder", type=Path, help="keep model and store here; default: a temporary folder")
+    parser.add_argument("--inline", action="store_true", help="without Ray, in this process")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    args = parser.parse_args(arguments)
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="prefixquant-rehearsal-"))
+    try:
+        found = rehearse(
+            args.shape,
+            args.blocks,
+            folder,
+            recipe=args.recipe,
+            overrides=args.overrides,
+            vocabulary=args.vocabulary,
+            inline=args.inline,
+            on_event=_say,
+        )
+    finally:
+        if args.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"{args.shape}, {args.blocks} blocks, {found.checkpoint_bytes / 1e9:.2f} GB made in "
+        f"{found.checkpoint_seconds:.1f} s, on {found.device}, torch {torch.__version__}; "
+        f"{found.result.seconds:.1f} s in all"
+    )
+    print(f"{'stage':<10} {'tasks':>5} {'s':>8} {'slowest':>8} {'GPU GB':>7} {'host GB':>8} {'read GB':>8} {'wrote GB':>9}")
+    for each in found.stages:
+        print(
+            f"{each.stage:<10} {each.tasks:>5} {each.seconds:>8.2f} {each.slowest:>8.2f} "
+            f"{each.peak_device_bytes / 1e9:>7.2f} {each.peak_host_bytes / 1e9:>8.2f} "
+            f"{each.read_bytes / 1e9:>8.2f} {each.written_bytes / 1e9:>9.2f}"
+        )
+    for failure in found.result.failures:
+        print(failure, file=sys.stderr)
+    if args.json:
+        print(json.dumps({"device": found.device, "stages": [asdict(each) for each in found.stages]}))
+    return 0 if found.result.ok else 1
+
+
+def _say(event: Event) -> None:
+    if event.kind in ("failed", "repaired"):
+        print(f"[{event.seconds:.1f} s] {event.node} {event.kind}: {event.message}", file=sys.stderr, flush=True)
+    elif event.kind == "progress":
+        print(f"[{event.seconds:.1f} s] {event.node} {event.message}", file=sys.stderr, flush=True)
+    elif event.kind == "done" and event.result is not None:
+        line = f"[{event.seconds:.1f} s] {event.node} {event.result.seconds:.2f} s"
+        print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
