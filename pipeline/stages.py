@@ -353,7 +353,13 @@ def _quantized_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tupl
     shapes = block_shapes(model.config, 0)
     for index, artifact in enumerate(context.inputs["blocks"]):
         weights, sites = block_weights(
-            artifact.tensors, shapes, model.family, index, config.quantize.weights, torch_dtype(config.dtype)
+            artifact.tensors,
+            shapes,
+            model.family,
+            index,
+            config.quantize.weights,
+            torch_dtype(config.dtype),
+            context.device,
         )
         block = _block(context, model, index, weights, config.transforms, config.quantize)
         load_sites(block.sites, sites, context.device)
