@@ -65,6 +65,15 @@ class InlineSession:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         pass
 
+    def gpu(self) -> tuple[str, int] | None:
+        """Return name and memory of the GPU, if it computes."""
+        if not self.gpus:
+            return None
+        import torch
+
+        properties = torch.cuda.get_device_properties(self.device)
+        return properties.name, properties.total_memory
+
     def fit(self, cpus: int, gpus: float) -> tuple[int, float]:
         """Return the request cut to what is here."""
         return min(cpus, self.cpus), min(gpus, self.gpus)

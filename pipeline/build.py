@@ -7,11 +7,13 @@ from pathlib import Path
 from prefixquant.pipeline.build_training import Training, training_windows
 from prefixquant.pipeline.estimates import Shape, estimate
 from prefixquant.pipeline.graph import Graph, Node
+from prefixquant.pipeline.machines import CPU, Machine, find_machine
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.report import REPORT, ReportNode
 from prefixquant.pipeline.stages import (
     BLOCK,
     CALIBRATE,
+    CHEAP,
     COMPUTE,
     EVALUATE,
     EXPORT,
@@ -56,20 +58,21 @@ class Source:
 
 def load_node(source: Source) -> Node:
     """Return the node that looks the checkpoint over."""
-    return Node(name="load", task=LOAD, config=LoadNode(fingerprint=source.fingerprint, path=str(source.path)))
+    config = LoadNode(fingerprint=source.fingerprint, path=str(source.path))
+    return Node(name="load", task=LOAD, config=config, resources=CHEAP)
 
 
-def build_graph(recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool = False) -> Graph:
+def build_graph(recipe: Recipe, source: Source, model: LoadedModel, *, machine: Machine | None = None) -> Graph:
     """Return the graph of a run; its targets are `targets(graph)`.
 
-    `gpu`: whether tasks will run on GPUs; it serves the estimates only.
+    `machine`: where tasks will run, None for CPU cores; it serves the estimates only.
 
     Raises:
         ConfigError, UnsupportedModelError: recipe and model do not go together.
         DataError: a text's file is missing.
     """
     check_fit(recipe, model)
-    graph = Graph(_Builder(recipe, source, model, gpu=gpu).nodes())
+    graph = Graph(_Builder(recipe, source, model, machine or find_machine(CPU)).nodes())
     graph.check()
     return graph
 
@@ -116,13 +119,14 @@ def _rounds_after_training(recipe: Recipe) -> bool:
 
 
 class _Builder:
-    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool) -> None:
+    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel, machine: Machine) -> None:
         self.recipe, self.model = recipe, model
         self.path = str(source.path)
         self.source = source
         self.dtype = model.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
         self.transforms = recipe.transforms
-        self.shape = Shape.of(model, self.dtype, recipe, gpu=gpu)
+        self.shape = Shape.of(model, self.dtype, recipe)
+        self.machine = machine
         self.labels = text_labels(recipe.evaluate.texts)
         self.training = None if recipe.train is None else Training.of(recipe, recipe.train, model, self.dtype)
         self.rotated = tuple(f"rotate[{block}]" for block in range(model.num_blocks))
@@ -131,10 +135,10 @@ class _Builder:
         """Return all nodes, in the order in which ready ones should start."""
         recipe = self.recipe
         load = load_node(self.source)
-        found = [replace(load, estimate=estimate(load, self.shape)), *self._tokens(), *self._rotate()]
+        found = [replace(load, estimate=estimate(load, self.shape, self.machine)), *self._tokens(), *self._rotate()]
         found += self._quantized(recipe.prefix, "")
         if self.training is not None:
-            found += [replace(node, estimate=estimate(node, self.shape)) for node in self.training.nodes()]
+            found += [replace(node, estimate=estimate(node, self.shape, self.machine)) for node in self.training.nodes()]
         found.append(self._export())
         evaluated = []
         if recipe.evaluate.full_precision:
@@ -149,7 +153,7 @@ class _Builder:
 
     def _node(self, **fields: object) -> Node:
         node = Node(**fields)  # type: ignore[arg-type]
-        return replace(node, estimate=estimate(node, self.shape))
+        return replace(node, estimate=estimate(node, self.shape, self.machine))
 
     def _tokens(self) -> list[Node]:
         recipe = self.recipe
@@ -175,6 +179,7 @@ class _Builder:
                     split=text.split,
                 ),
                 inputs={"load": "load"},
+                resources=CHEAP,
             )
             for name, text, windows, where in wanted
         ]
@@ -278,6 +283,7 @@ class _Builder:
                 dtype=self.dtype,
             ),
             inputs={"load": "load", "ends": "rotate[ends]", "prefix": "prefix", "blocks": self._blocks("")},
+            resources=CHEAP,
         )
 
     def _evaluate(self, variant: str, suffix: str) -> list[Node]:
@@ -322,6 +328,7 @@ class _Builder:
                 segments=self.recipe.train.segments if self.recipe.train is not None else 1,
             ),
             inputs=inputs,
+            resources=CHEAP,
         )
 
 

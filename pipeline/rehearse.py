@@ -24,7 +24,10 @@ from prefixquant.cluster.ray_session import connect
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.artifacts import load_artifact
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
+from prefixquant.pipeline.check import Measured, StageCheck, compare, fit, table
+from prefixquant.pipeline.estimates import Shape
 from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.machines import Machine, machine_of
 from prefixquant.pipeline.recipe import load_recipe
 from prefixquant.pipeline.runner import Event, RunResult, Session, execute
 from prefixquant.pipeline.source import source_fingerprint
@@ -62,6 +65,10 @@ class Rehearsal:
     checkpoint_seconds: float
     """Of making the random checkpoint."""
     checkpoint_bytes: int
+    checks: list[StageCheck]
+    """What was predicted of the stages for this machine."""
+    fitted: Machine
+    """The machine with the rates that were found."""
 
 
 def rehearse(
@@ -106,10 +113,22 @@ def rehearse(
         loading = Graph([load_node(source)])
         execute(loading, ["load"], store, session)
         model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
-        graph = build_graph(checked, source, model, gpu=session.gpus > 0)
+        machine = machine_of(session.gpu())
+        graph = build_graph(checked, source, model, machine=machine)
         result = execute(graph, targets(graph), store, session, on_event=on_event)
     name = torch.cuda.get_device_name(device) if gpu else "cpu"
-    return Rehearsal(graph, result, model, _stages(graph, result), name, made, size)
+    sizes = Shape.of(model, model.dtype if checked.model.dtype == "auto" else checked.model.dtype, checked)
+    took = {
+        node: Measured(
+            seconds=each.seconds,
+            host_bytes=each.peak_host_bytes,
+            device_bytes=each.peak_device_bytes,
+            device=name,
+        )
+        for node, each in result.results.items()
+    }
+    checks, fitted = compare(graph, took, sizes, machine), fit(graph, took, sizes, machine)
+    return Rehearsal(graph, result, model, _stages(graph, result), name, made, size, checks, fitted)
 
 
 @contextmanager
@@ -162,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--folder", type=Path, help="keep model and store here; default: a temporary folder")
     parser.add_argument("--inline", action="store_true", help="without Ray, in this process")
+    parser.add_argument("--fit", action="store_true", help="print a record for machines.json with the rates found")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(arguments)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="prefixquant-rehearsal-"))
@@ -191,10 +211,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{each.peak_device_bytes / 1e9:>7.2f} {each.peak_host_bytes / 1e9:>8.2f} "
             f"{each.read_bytes / 1e9:>8.2f} {each.written_bytes / 1e9:>9.2f}"
         )
+    print("\n".join(table(found.checks)))
+    if args.fit:
+        print(json.dumps(asdict(found.fitted) | {"measured": f"rehearsal of {args.blocks} blocks of {args.shape}"}))
     for failure in found.result.failures:
         print(failure, file=sys.stderr)
     if args.json:
-        print(json.dumps({"device": found.device, "stages": [asdict(each) for each in found.stages]}))
+        stages = [asdict(each) for each in found.stages]
+        checks = [each.to_json() for each in found.checks]
+        print(json.dumps({"device": found.device, "stages": stages, "checks": checks}))
     return 0 if found.result.ok else 1
 
 

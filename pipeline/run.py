@@ -10,13 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prefixquant.cluster.ray_session import RaySession, connect
 from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore, StoreUnwritable
 from prefixquant.pipeline.artifacts import load_artifact, load_record
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
 from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.machines import Machine, local_machine, machine_of
 from prefixquant.pipeline.materialize import check_output, materialize
 from prefixquant.pipeline.plan import Plan, make_plan
 from prefixquant.pipeline.progress import make_progress
@@ -122,14 +121,17 @@ def open_store(url: str) -> ArtifactStore:
     return store
 
 
-def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
-    """Return the graph of a recipe and what a run of it would do; starts nothing and writes nothing."""
+def plan_recipe(recipe: Recipe, store_url: str, machine: Machine | None = None) -> tuple[Graph, Plan]:
+    """Return the graph of a recipe and what a run of it would do; starts nothing and writes nothing.
+
+    `machine`: for the estimates; None: this one.
+    """
     source = prepare(recipe)
     store = ArtifactStore(store_url)
     alone = Graph([load_node(source)])
     key = alone.key("load")
     model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
-    graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
+    graph = build_graph(recipe, source, model, machine=machine or local_machine())
     return graph, make_plan(graph, targets(graph), store, _previous(store, recipe.name))
 
 
@@ -185,8 +187,10 @@ def _run_once(
         _require(loads)
         loaded = loads.results
     model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
-    graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
-    run = _Tracked(recipe, graph, store, options)
+    graph = build_graph(recipe, source, model, machine=local_machine())
+    run = _Tracked(
+        recipe, graph, store, options, lambda gpu: build_graph(recipe, source, model, machine=machine_of(gpu))
+    )
     plan = make_plan(graph, targets(graph), store, _previous(store, recipe.name))
     with run.recorded():
         result = run.execute(plan, session)
@@ -270,8 +274,16 @@ def _block_of(node: str) -> int:
 class _Tracked:
     """A run's record in the store and in MLflow."""
 
-    def __init__(self, recipe: Recipe, graph: Graph, store: ArtifactStore, options: RunOptions) -> None:
-        self.recipe, self.graph, self.store, self.options = recipe, graph, store, options
+    def __init__(
+        self,
+        recipe: Recipe,
+        graph: Graph,
+        store: ArtifactStore,
+        options: RunOptions,
+        rebuild: Callable[[tuple[str, int] | None], Graph],
+    ) -> None:
+        """`rebuild` returns the graph with the estimates of the cluster's GPU, given by name and memory."""
+        self.recipe, self.graph, self.store, self.options, self.rebuild = recipe, graph, store, options, rebuild
         wanted = "".join(graph.key(name) for name in targets(graph))
         self.run_id = f"{recipe.name}-{hashlib.sha256(wanted.encode()).hexdigest()[:10]}"
         self.tracker = Tracker()
@@ -298,8 +310,8 @@ class _Tracked:
                 progress(event)
                 self._track(event)
 
-            wanted, ranks = targets(self.graph), self.options.ranks
-            result = execute(self.graph, wanted, self.store, session(), ranks=ranks, on_event=on_event)
+            here, wanted, ranks = session(), targets(self.graph), self.options.ranks
+            result = execute(self.rebuild(here.gpu()), wanted, self.store, here, ranks=ranks, on_event=on_event)
         _require(result)
         return result
 

@@ -17,11 +17,13 @@ from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.graph import Graph, Node
 from prefixquant.pipeline.keys import plain_config
+from prefixquant.pipeline.placement import Admission, request_of, upward_ranks
 from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
 from prefixquant.pipeline.worker import NodeCall, NodeResult, run_member, run_node
 from prefixquant.tasks.errors import CheckpointError, ConfigError, DataError, NumericalError, UnsupportedModelError
 
 _MAX_REPAIRS = 2  # of one artifact
+_STREAMS_A_SLOT = 4  # ephemeral artifacts that wait for a reader, for each GPU, or core without one
 _POLL_S = 1.0  # so that signals are heard while tasks run
 
 _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
@@ -180,6 +182,13 @@ class _Run:
         self.pending: dict[Ref, str] = {}
         durable = [name for name in graph.order if not graph.nodes[name].task.ephemeral]
         self.kept = {*targets, *durable}
+        gpu = session.gpu()
+        self.requests = {name: request_of(node, gpu[1] if gpu else None) for name, node in graph.nodes.items()}
+        slots = session.gpus or session.cpus
+        self.admission = Admission(session.cpus, session.gpus, streams=_STREAMS_A_SLOT * slots)
+        costs = {name: node.estimate.seconds if node.estimate else 1.0 for name, node in graph.nodes.items()}
+        ranks_up = upward_ranks(graph, costs)
+        self.first_to_last = sorted(graph.order, key=lambda name: -ranks_up[name])
 
     def loop(self) -> None:
         """Return when nothing is running and nothing more can be started."""
@@ -194,14 +203,18 @@ class _Run:
                 self.collect(ref)
 
     def submit_ready(self) -> None:
-        """Start every node that has to run and has its inputs."""
+        """Start the nodes that have to run and have their inputs, those first for which most waits, while there is room.
+
+        The cluster gets little more than it can run at once (`placement.Admission`).
+        """
         states = decide(self.graph, self.targets, self.stored, self.failures)
         busy = {self.graph.key(name) for name in self.pending.values()}
         found = False
         for name, state in states.items():
             if state == "cached" and name not in self.states:
                 self.set_state(name, "cached")
-            if state != "run" or name in self.failures:
+        for name in self.first_to_last:
+            if states[name] != "run" or name in self.failures:
                 continue
             key = self.graph.key(name)
             if key in busy or any(self.graph.key(parent) not in self.stored for parent in self.graph.parents(name)):
@@ -212,14 +225,23 @@ class _Run:
                 self.set_state(name, "cached")
                 found = True
                 continue
+            streams = self.waiting_streams() if self.graph.nodes[name].task.ephemeral else None
+            if not self.admission.admit(name, self.requests[name], waiting_streams=streams):
+                continue
             self.submit(name)
             busy.add(key)
         if found:
             self.submit_ready()
 
+    def waiting_streams(self) -> int:
+        """Return how many ephemeral artifacts there are or are in the making."""
+        names = [name for name, node in self.graph.nodes.items() if node.task.ephemeral]
+        under_way = set(self.pending.values())
+        return sum(self.graph.key(name) in self.stored or name in under_way for name in names)
+
     def submit(self, name: str) -> None:
-        node = self.graph.nodes[name]
-        cpus, gpus = self.session.fit(node.resources.cpus, node.resources.gpus)
+        node, request = self.graph.nodes[name], self.requests[name]
+        cpus, gpus = self.session.fit(request.cpus, request.gpus)
         later = self.decide_rest()
         byproducts = {
             label: Byproduct(
@@ -237,15 +259,17 @@ class _Run:
             key=self.graph.key(name),
             input_keys=self.graph.input_keys(name),
             byproducts=byproducts,
-            cpus=cpus,
+            cpus=max(1, cpus),
             device=self.session.device,
             mailbox=self.session.mailbox() if node.resources.gang is not None else None,
         )
         ranks = self.num_ranks(node)
         if ranks > 1:
-            ref = self.session.submit_group(run_member, call, name=name, ranks=ranks, cpus=cpus, gpus=gpus)
+            whole = self.session.fit(request.cpus, node.resources.gpus)[1]
+            ref = self.session.submit_group(run_member, call, name=name, ranks=ranks, cpus=cpus, gpus=whole)
         else:
-            ref = self.session.submit(run_node, call, name=name, cpus=cpus, gpus=gpus)
+            room = {"memory": request.memory_bytes, "disk": request.disk_bytes}
+            ref = self.session.submit(run_node, call, name=name, cpus=cpus, gpus=gpus, **room)
         self.pending[ref] = name
         self.emit("submitted", name)
 
@@ -285,6 +309,7 @@ class _Run:
     def collect(self, ref: Ref) -> None:
         """Take in the end of one task."""
         name = self.pending.pop(ref)
+        self.admission.end(name)
         try:
             result: NodeResult = self.session.result(ref)
         except (ArtifactCorrupted, ArtifactMissing) as err:

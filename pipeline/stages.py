@@ -30,6 +30,9 @@ from prefixquant.tasks.texts import TextConfig, WindowsConfig, cut_windows, draw
 COMPUTE = Resources(gpus=1, cpus=1)
 """Of the tasks that pass data through blocks."""
 
+CHEAP = Resources(cpus=0)
+"""Of the tasks that compute nothing to speak of: none of them waits behind one that does."""
+
 BATCH_TOKENS = 8192
 """Tokens of one forward through a block."""
 
