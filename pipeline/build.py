@@ -138,7 +138,9 @@ class _Builder:
         found = [replace(load, estimate=estimate(load, self.shape, self.machine)), *self._tokens(), *self._rotate()]
         found += self._quantized(recipe.prefix, "")
         if self.training is not None:
-            found += [replace(node, estimate=estimate(node, self.shape, self.machine)) for node in self.training.nodes()]
+            found += [
+                replace(node, estimate=estimate(node, self.shape, self.machine)) for node in self.training.nodes()
+            ]
         found.append(self._export())
         evaluated = []
         if recipe.evaluate.full_precision:

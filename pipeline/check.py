@@ -6,8 +6,9 @@ from typing import Any
 
 from prefixquant.cluster.store import ArtifactMissing, ArtifactStore
 from prefixquant.pipeline.estimates import Shape, estimate, work_of
-from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.graph import Estimate, Graph
 from prefixquant.pipeline.machines import Machine, Work
+from prefixquant.pipeline.worker import NodeResult
 
 FORWARD_STAGES = ("prefix", "calibrate", "stream", "evaluate")
 """Stages that do little else than pass tokens through blocks."""
@@ -20,8 +21,20 @@ class Measured:
     seconds: float
     host_bytes: int
     device_bytes: int
-    device: str
-    """Name of the GPU, or `cpu`."""
+    read_bytes: int
+    written_bytes: int
+    """To the store; of a task known from its manifest, its own artifact alone."""
+
+    @classmethod
+    def of(cls, result: NodeResult) -> "Measured":
+        """Return what a task took that ran just now."""
+        return cls(
+            seconds=result.seconds,
+            host_bytes=result.peak_host_bytes,
+            device_bytes=result.peak_device_bytes,
+            read_bytes=result.read_bytes,
+            written_bytes=result.written_bytes,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +46,16 @@ class StageCheck:
     seconds: float
     """Sum over its tasks."""
     predicted_seconds: float
+    slowest: float
+    """Seconds of the slowest task."""
     host_bytes: int
     """Largest of its tasks."""
     predicted_host_bytes: int
     device_bytes: int
+    """Largest of its tasks."""
     predicted_device_bytes: int
+    read_bytes: int
+    written_bytes: int
 
     @property
     def seconds_ratio(self) -> float:
@@ -56,64 +74,83 @@ class StageCheck:
         return {**asdict(self), "seconds_ratio": self.seconds_ratio, "memory_ratio": self.memory_ratio}
 
 
-def stored_measurements(graph: Graph, store: ArtifactStore) -> dict[str, Measured]:
-    """Return what the manifests remember of the graph's nodes that have run; those yielded by others are left out."""
+def stored_measurements(graph: Graph, store: ArtifactStore) -> tuple[dict[str, Measured], str]:
+    """Return what the manifests remember of the graph's nodes that have run, and the device they ran on.
+
+    Nodes that others yield are left out. The device is the name of a GPU, or `cpu` if none took part.
+    """
     found: dict[str, Measured] = {}
+    device = "cpu"
     for name in graph.order:
         try:
-            meta = store.manifest(graph.key(name)).meta
+            manifest = store.manifest(graph.key(name))
         except ArtifactMissing:
             continue  # not run, or a stream that has served
-        if "seconds" in meta:
-            found[name] = Measured(
-                seconds=meta["seconds"],
-                host_bytes=meta["peak_host_bytes"],
-                device_bytes=meta["peak_device_bytes"],
-                device=meta["device"],
-            )
-    return found
+        meta = manifest.meta
+        if "seconds" not in meta:
+            continue
+        device = meta["device"] if meta["device"] != "cpu" else device
+        found[name] = Measured(
+            seconds=meta["seconds"],
+            host_bytes=meta["peak_host_bytes"],
+            device_bytes=meta["peak_device_bytes"],
+            read_bytes=meta.get("read_bytes", 0),
+            written_bytes=manifest.size,
+        )
+    return found, device
 
 
 def compare(graph: Graph, measured: Mapping[str, Measured], shape: Shape, machine: Machine) -> list[StageCheck]:
     """Return predictions beside measurements, a row a stage that has any, in order."""
-    rows: dict[str, StageCheck] = {}
+    stages: dict[str, list[tuple[Measured, Estimate]]] = {}
     for name in graph.order:
-        if name not in measured:
-            continue
-        stage, cost, took = graph.nodes[name].task.name, estimate(graph.nodes[name], shape, machine), measured[name]
-        row = rows.get(stage) or StageCheck(
+        if name in measured:
+            node = graph.nodes[name]
+            stages.setdefault(node.task.name, []).append((measured[name], estimate(node, shape, machine)))
+    return [
+        StageCheck(
             stage=stage,
-            tasks=0,
-            seconds=0.0,
-            predicted_seconds=0.0,
-            host_bytes=0,
-            predicted_host_bytes=0,
-            device_bytes=0,
-            predicted_device_bytes=0,
+            tasks=len(pairs),
+            seconds=sum(took.seconds for took, _ in pairs),
+            predicted_seconds=sum(cost.seconds for _, cost in pairs),
+            slowest=max(took.seconds for took, _ in pairs),
+            host_bytes=max(took.host_bytes for took, _ in pairs),
+            predicted_host_bytes=max(cost.host_bytes for _, cost in pairs),
+            device_bytes=max(took.device_bytes for took, _ in pairs),
+            predicted_device_bytes=max(cost.device_bytes for _, cost in pairs),
+            read_bytes=sum(took.read_bytes for took, _ in pairs),
+            written_bytes=sum(took.written_bytes for took, _ in pairs),
         )
-        rows[stage] = StageCheck(
-            stage=stage,
-            tasks=row.tasks + 1,
-            seconds=row.seconds + took.seconds,
-            predicted_seconds=row.predicted_seconds + cost.seconds,
-            host_bytes=max(row.host_bytes, took.host_bytes),
-            predicted_host_bytes=max(row.predicted_host_bytes, cost.host_bytes),
-            device_bytes=max(row.device_bytes, took.device_bytes),
-            predicted_device_bytes=max(row.predicted_device_bytes, cost.device_bytes),
-        )
-    return list(rows.values())
+        for stage, pairs in stages.items()
+    ]
+
+
+_COLUMNS = (
+    "stage",
+    "tasks",
+    "s",
+    "plan",
+    "ratio",
+    "slowest",
+    "host GB",
+    "plan",
+    "GPU GB",
+    "plan",
+    "ratio",
+    "read",
+    "wrote",
+)
 
 
 def table(rows: Iterable[StageCheck]) -> list[str]:
-    """Return lines for people."""
-    lines = [f"{'stage':<10} {'tasks':>5} {'s':>9} {'predicted':>9} {'ratio':>6} {'GB':>7} {'predicted':>9} {'ratio':>6}"]
+    """Return lines for people: measured, `plan` what was predicted, `ratio` predicted over measured."""
+    lines = ["{:<10}{:>6}".format(*_COLUMNS[:2]) + "".join(f"{name:>9}" for name in _COLUMNS[2:])]
     for row in rows:
-        taken = (row.device_bytes, row.predicted_device_bytes)
-        measured, predicted = taken if row.device_bytes else (row.host_bytes, row.predicted_host_bytes)
-        lines.append(
-            f"{row.stage:<10} {row.tasks:>5} {row.seconds:>9.2f} {row.predicted_seconds:>9.2f} {row.seconds_ratio:>6.2f} "
-            f"{measured / 1e9:>7.2f} {predicted / 1e9:>9.2f} {row.memory_ratio:>6.2f}"
-        )
+        seconds = (row.seconds, row.predicted_seconds, row.seconds_ratio, row.slowest)
+        memory = (row.host_bytes, row.predicted_host_bytes, row.device_bytes, row.predicted_device_bytes)
+        moved = (row.read_bytes, row.written_bytes)
+        cells = [*seconds, *(each / 1e9 for each in memory), row.memory_ratio, *(each / 1e9 for each in moved)]
+        lines.append(f"{row.stage:<10}{row.tasks:>6}" + "".join(f"{cell:>9.2f}" for cell in cells))
     return lines
 
 
@@ -170,6 +207,7 @@ def _only(work: Work, rates: tuple[str, ...]) -> Work:
         elements=chosen(work.elements),
         updates=work.updates if training else 0,
         steps=work.steps if training else 0,
+        eager_steps=work.eager_steps if training else 0,
         trained_blocks=work.trained_blocks if training else 0,
         forwards=work.forwards if "forward" in rates else 0,
     )
@@ -189,6 +227,7 @@ def _slowed(machine: Machine, rates: tuple[str, ...], factor: float) -> Machine:
         changes |= {
             "parameters_per_s": machine.parameters_per_s / factor,
             "step_s": machine.step_s * factor,
+            "eager_step_s": machine.eager_step_s * factor,
             "trained_block_s": machine.trained_block_s * factor,
         }
     if "forward" in rates:

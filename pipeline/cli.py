@@ -6,7 +6,6 @@ Exit status: 0 done, 1 a task failed, 2 the input is wrong.
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from prefixquant.cluster.errors import ArtifactError
 from prefixquant.cluster.jobs import JobError
 from prefixquant.pipeline.cli_jobs import job_app, submit
 from prefixquant.pipeline.cli_options import DEFAULT_STORE, JsonOption, Overrides, RecipeArgument, StoreOption
+from prefixquant.pipeline.cli_plan import plan
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
 
 app = typer.Typer(
@@ -79,57 +79,6 @@ def run(
         console.print(f"model: {summary.out}", soft_wrap=True, highlight=False)
     if summary.mlflow_url:
         console.print(f"MLflow: {summary.mlflow_url}", soft_wrap=True, highlight=False)
-
-
-@app.command()
-def plan(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    store: StoreOption = DEFAULT_STORE,
-    as_json: JsonOption = False,
-) -> None:
-    """Show every task, whether it will run and why, and what it is expected to cost. Runs nothing."""
-    from prefixquant.pipeline.recipe import load_recipe
-    from prefixquant.pipeline.run import plan_recipe
-
-    _, planned = plan_recipe(load_recipe(recipe, overrides or ()), store)
-    rows = [
-        {
-            "task": entry.node.name,
-            "state": entry.state,
-            "reason": entry.reason,
-            "key": entry.key,
-            "seconds": entry.node.estimate.seconds if entry.node.estimate else None,
-            "host_bytes": entry.node.estimate.host_bytes if entry.node.estimate else None,
-            "device_bytes": entry.node.estimate.device_bytes if entry.node.estimate else None,
-            "stored_bytes": entry.node.estimate.stored_bytes if entry.node.estimate else None,
-        }
-        for entry in planned.entries
-    ]
-    total = planned.total
-    if as_json:
-        summary = asdict(total)
-        print(json.dumps({"tasks": rows, "total": summary}))
-        return
-    table = Table("task", "will", "why", "est. s", "est. GB", "est. GPU GB")
-    for entry in planned.entries:
-        cost = entry.node.estimate
-        shown = cost is not None and entry.state == "run"
-        table.add_row(
-            escape(entry.node.name),
-            entry.state,
-            escape(entry.reason),
-            f"{cost.seconds:.1f}" if cost is not None and shown else "",
-            f"{cost.host_bytes / 1e9:.1f}" if cost is not None and shown else "",
-            f"{cost.device_bytes / 1e9:.1f}" if cost is not None and shown else "",
-        )
-    Console().print(table)
-    worker = "one GPU" if total.device_bytes else "one CPU core"
-    print(
-        f"{len(planned.names('run'))} to run, {len(planned.names('cached'))} cached; estimated for {worker}: "
-        f"{total.seconds:.0f} s of work, {total.host_bytes / 1e9:.1f} GB at most in a task, "
-        f"{total.stored_bytes / 1e9:.2f} GB stored"
-    )
 
 
 @app.command("eval")
@@ -203,6 +152,7 @@ def gc(
     )
 
 
+app.command()(plan)
 app.command()(submit)
 app.add_typer(job_app, name="job")
 

@@ -131,7 +131,15 @@ class Shape:
 def _linears(config: PretrainedConfig) -> tuple[tuple[int, int], ...]:
     hidden, wide, head = config.hidden_size, config.intermediate_size, head_size(config)
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    return ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries), (wide, hidden), (wide, hidden), (hidden, wide))
+    return (
+        (queries, hidden),
+        (keys, hidden),
+        (keys, hidden),
+        (hidden, queries),
+        (wide, hidden),
+        (wide, hidden),
+        (hidden, wide),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,9 +157,9 @@ class _Cost:
     """Bytes of local disk while it runs."""
 
 
-def estimate(node: Node, shape: Shape, machine: Machine) -> Estimate:
-    """Return the cost of a node on a machine: one CPU core, or one GPU."""
-    cost = _cost(node, shape, machine)
+def estimate(node: Node, shape: Shape, machine: Machine, ranks: int = 1) -> Estimate:
+    """Return the cost of a node on a machine: one CPU core, or one GPU. With several ranks, that of one of them."""
+    cost = _cost(node, shape, machine, ranks)
     gpu = machine.memory_bytes > 0 and node.task.name not in _CHEAP
     return Estimate(
         seconds=machine.time(replace(cost.work, written_bytes=cost.stored)),
@@ -169,7 +177,7 @@ def work_of(node: Node, shape: Shape, machine: Machine) -> Work:
     return replace(cost.work, written_bytes=cost.stored)
 
 
-def _cost(node: Node, shape: Shape, machine: Machine) -> _Cost:
+def _cost(node: Node, shape: Shape, machine: Machine, ranks: int = 1) -> _Cost:
     match node.task.name:
         case "rotate":
             return _rotate_ends(shape) if node.name == "rotate[ends]" else _rotate(shape)
@@ -185,7 +193,7 @@ def _cost(node: Node, shape: Shape, machine: Machine) -> _Cost:
         case "block":
             return _search(shape)
         case "train" | "polish":
-            return _train(node.task.name, node.config, shape, machine)
+            return _train(node.task.name, node.config, shape, machine, ranks)
         case "evaluate":
             return _evaluate(shape, quantized=node.config.variant == "quantized")
         case name:
@@ -244,9 +252,7 @@ def _walk(stage: str, shape: Shape, walks: int, tokens: int) -> _Cost:
         reads += (walks - 1) * shape.ends_bytes
     return _Cost(
         work=Work(stage=stage, blocks=walks * shape.blocks, read_bytes=reads, **passes),
-        device=shape.block_bytes
-        + 2 * shape.stream_bytes(tokens)
-        + shape.forward_bytes(min(FORWARD_TOKENS, tokens)),
+        device=shape.block_bytes + 2 * shape.stream_bytes(tokens) + shape.forward_bytes(min(FORWARD_TOKENS, tokens)),
         host=shape.block_bytes + shape.ends_bytes + 4 * tokens * (shape.blocks if stage == "prefix" else 0),
     )
 
@@ -320,7 +326,7 @@ def stream_place(shape: Shape, train: TrainConfig, machine: Machine, ranks: int 
     return ("device" if fits else "host"), total
 
 
-def _train(stage: str, config: Any, shape: Shape, machine: Machine) -> _Cost:
+def _train(stage: str, config: Any, shape: Shape, machine: Machine, ranks: int) -> _Cost:
     train: TrainConfig = config.train
     trained = config.stop - config.first
     tokens = train.sequences * train.sequence_length
@@ -334,27 +340,28 @@ def _train(stage: str, config: Any, shape: Shape, machine: Machine) -> _Cost:
     streams += (train.epochs + 1) * held_out * passed * trained
     if train.target != "fp_input":
         streams += (tokens + held_out) * passed * trained
-    passes = _forward(shape, streams)
-    passes["flops"] |= {"train": training}
-    passes["elements"] |= {"train": train.epochs * tokens * trained * shape.channels * (1 + 0.67 * train.lookahead)}
-    place, stream_bytes = stream_place(shape, train, machine)
+    passes = _forward(shape, streams // ranks)
+    looked = 1 + 0.67 * train.lookahead
+    passes["flops"] |= {"train": training / ranks}
+    passes["elements"] |= {"train": train.epochs * tokens * trained * shape.channels * looked / ranks}
+    exchanged = 2 * 4 * shape.parameters * (ranks - 1) / ranks  # gradients reduced, parameters gathered, float32
+    place, stream_bytes = stream_place(shape, train, machine, ranks)
     reads = (config.stop + trained + train.lookahead) * shape.block_bytes + trained * shape.quantized_bytes
     last = config.stop + train.lookahead >= shape.blocks + 1
     return _Cost(
         work=Work(
             stage=stage,
-            updates=float(steps * shape.parameters),
-            steps=steps * passed,
+            updates=steps * shape.parameters * (1 + 1 / ranks) / 2,  # the optimizer is sharded, the weights are not
+            steps=steps * passed if ranks == 1 else 0,
+            eager_steps=steps * passed if ranks > 1 else 0,
+            exchanged_bytes=steps * exchanged,
             blocks=config.stop + 2 * trained,
             trained_blocks=trained,
             read_bytes=reads + shape.ends_bytes,
             **passes,
         ),
-        device=train_bytes(shape, train, last=last) + (stream_bytes if place == "device" else 0),
-        host=4 * shape.parameters
-        + 2 * shape.block_bytes
-        + shape.ends_bytes
-        + (stream_bytes if place == "host" else 0),
+        device=train_bytes(shape, train, ranks=ranks, last=last) + (stream_bytes if place == "device" else 0),
+        host=4 * shape.parameters + 2 * shape.block_bytes + shape.ends_bytes + (stream_bytes if place == "host" else 0),
         stored=shape.quantized_bytes * trained,
         disk=stream_bytes if place == "disk" else 0,
     )

@@ -37,7 +37,7 @@ class Resources:
     """A fraction below 1, or a whole number. Honoured only if the cluster has GPUs; otherwise the task runs on CPU."""
 
     cpus: int = 1
-    """CPU cores, which is also the number of torch threads. 0: so cheap that it waits for no core and has one thread."""
+    """CPU cores, which is also the number of torch threads. 0: so cheap that it waits for no core."""
 
     gang: Gang | None = None
     """Given: it may run as several processes, and the others are of each. None: it is one process."""

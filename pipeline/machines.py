@@ -44,6 +44,9 @@ class Machine:
     step_s: float
     """Least time of a block in a training step."""
 
+    eager_step_s: float
+    """The same without a CUDA graph, as several ranks step."""
+
     block_s: float
     """Of building a block from loaded weights."""
 
@@ -61,6 +64,9 @@ class Machine:
 
     write_bytes_per_s: float
     """To the store."""
+
+    link_bytes_per_s: float
+    """Between the ranks of a node, one way."""
 
     process_bytes: float
     """Resident memory of a worker before it does anything."""
@@ -85,6 +91,8 @@ class Machine:
             + work.updates / self.parameters_per_s
             + work.forwards * self.forward_s
             + work.steps * self.step_s
+            + work.eager_steps * self.eager_step_s
+            + work.exchanged_bytes / self.link_bytes_per_s
             + work.blocks * self.block_s
             + work.trained_blocks * self.trained_block_s
         )
@@ -110,6 +118,12 @@ class Work:
 
     steps: float = 0
     """Blocks passed in training steps."""
+
+    eager_steps: float = 0
+    """The same, of several ranks."""
+
+    exchanged_bytes: float = 0
+    """Sent by a rank to others."""
 
     blocks: float = 0
     """Blocks built."""

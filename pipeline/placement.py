@@ -61,6 +61,12 @@ def gpu_share(device_bytes: float, gpu_bytes: float | None) -> float:
     return share if share <= 0.5 else 1.0
 
 
+def ranks_for(gpus: int, shares: int, batch: int) -> int:
+    """Return the processes of a node that shares the GPUs with others like it: the most that divide its batch."""
+    most = min(max(1, gpus // shares), batch)
+    return max(ranks for ranks in range(1, most + 1) if batch % ranks == 0)
+
+
 def upward_ranks(graph: Graph, seconds: Mapping[str, float]) -> dict[str, float]:
     """Return for each node the seconds from its start to the end of all that waits for it, if nothing else delays it.
 

@@ -1,4 +1,4 @@
-"""Rehearse a run on a model of any shape with random weights, made where it runs: `python -m prefixquant.pipeline.rehearse`.
+"""Rehearse a run on a model of any shape with random weights: `python -m prefixquant.pipeline.rehearse`.
 
 A few blocks of a large model cost what they cost in the whole one, so a rehearsal tells memory, seconds and bytes of
 every stage before the model is there. It goes through the same graph, tasks and store as a run; without Ray (not
@@ -31,26 +31,11 @@ from prefixquant.pipeline.machines import Machine, machine_of
 from prefixquant.pipeline.recipe import load_recipe
 from prefixquant.pipeline.runner import Event, RunResult, Session, execute
 from prefixquant.pipeline.source import source_fingerprint
+from prefixquant.tasks.errors import PrefixQuantError
 from prefixquant.tasks.load import LoadedModel
 from prefixquant.tasks.random_checkpoint import MIN_VOCABULARY, SHAPES, write_random_checkpoint
 
 RECIPE = "llama-3-70b-w4a4kv4-trained"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageCost:
-    """What the tasks of one stage cost together."""
-
-    stage: str
-    tasks: int
-    seconds: float
-    """Sum."""
-    slowest: float
-    """Seconds of the slowest task."""
-    peak_device_bytes: int
-    peak_host_bytes: int
-    read_bytes: int
-    written_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +44,12 @@ class Rehearsal:
 
     graph: Graph
     result: RunResult
-    model: LoadedModel
-    stages: list[StageCost]
     device: str
     checkpoint_seconds: float
     """Of making the random checkpoint."""
     checkpoint_bytes: int
     checks: list[StageCheck]
-    """What was predicted of the stages for this machine."""
+    """What the stages took, and what was predicted for this machine."""
     fitted: Machine
     """The machine with the rates that were found."""
 
@@ -118,17 +101,9 @@ def rehearse(
         result = execute(graph, targets(graph), store, session, on_event=on_event)
     name = torch.cuda.get_device_name(device) if gpu else "cpu"
     sizes = Shape.of(model, model.dtype if checked.model.dtype == "auto" else checked.model.dtype, checked)
-    took = {
-        node: Measured(
-            seconds=each.seconds,
-            host_bytes=each.peak_host_bytes,
-            device_bytes=each.peak_device_bytes,
-            device=name,
-        )
-        for node, each in result.results.items()
-    }
+    took = {node: Measured.of(each) for node, each in result.results.items()}
     checks, fitted = compare(graph, took, sizes, machine), fit(graph, took, sizes, machine)
-    return Rehearsal(graph, result, model, _stages(graph, result), name, made, size, checks, fitted)
+    return Rehearsal(graph, result, name, made, size, checks, fitted)
 
 
 @contextmanager
@@ -139,36 +114,6 @@ def _session(inline: bool) -> Iterator[Session]:
     else:
         with connect() as cluster:
             yield cluster
-
-
-def _stages(graph: Graph, result: RunResult) -> list[StageCost]:
-    found: dict[str, StageCost] = {}
-    for name in graph.order:
-        each = result.results.get(name)
-        if each is None:
-            continue
-        stage = graph.nodes[name].task.name
-        so_far = found.get(stage) or StageCost(
-            stage=stage,
-            tasks=0,
-            seconds=0.0,
-            slowest=0.0,
-            peak_device_bytes=0,
-            peak_host_bytes=0,
-            read_bytes=0,
-            written_bytes=0,
-        )
-        found[stage] = StageCost(
-            stage=stage,
-            tasks=so_far.tasks + 1,
-            seconds=so_far.seconds + each.seconds,
-            slowest=max(so_far.slowest, each.seconds),
-            peak_device_bytes=max(so_far.peak_device_bytes, each.peak_device_bytes),
-            peak_host_bytes=max(so_far.peak_host_bytes, each.peak_host_bytes),
-            read_bytes=so_far.read_bytes + each.read_bytes,
-            written_bytes=so_far.written_bytes + each.written_bytes,
-        )
-    return list(found.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             inline=args.inline,
             on_event=_say,
         )
+    except PrefixQuantError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
     finally:
         if args.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -204,22 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{found.checkpoint_seconds:.1f} s, on {found.device}, torch {torch.__version__}; "
         f"{found.result.seconds:.1f} s in all"
     )
-    print(f"{'stage':<10} {'tasks':>5} {'s':>8} {'slowest':>8} {'GPU GB':>7} {'host GB':>8} {'read GB':>8} {'wrote GB':>9}")
-    for each in found.stages:
-        print(
-            f"{each.stage:<10} {each.tasks:>5} {each.seconds:>8.2f} {each.slowest:>8.2f} "
-            f"{each.peak_device_bytes / 1e9:>7.2f} {each.peak_host_bytes / 1e9:>8.2f} "
-            f"{each.read_bytes / 1e9:>8.2f} {each.written_bytes / 1e9:>9.2f}"
-        )
     print("\n".join(table(found.checks)))
     if args.fit:
         print(json.dumps(asdict(found.fitted) | {"measured": f"rehearsal of {args.blocks} blocks of {args.shape}"}))
     for failure in found.result.failures:
         print(failure, file=sys.stderr)
     if args.json:
-        stages = [asdict(each) for each in found.stages]
-        checks = [each.to_json() for each in found.checks]
-        print(json.dumps({"device": found.device, "stages": stages, "checks": checks}))
+        print(json.dumps({"device": found.device, "stages": [each.to_json() for each in found.checks]}))
     return 0 if found.result.ok else 1
 
 

@@ -15,7 +15,7 @@ from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, Artifact
 from prefixquant.pipeline.artifacts import load_artifact, load_record
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
 from prefixquant.pipeline.graph import Graph
-from prefixquant.pipeline.machines import Machine, local_machine, machine_of
+from prefixquant.pipeline.machines import local_machine, machine_of
 from prefixquant.pipeline.materialize import check_output, materialize
 from prefixquant.pipeline.plan import Plan, make_plan
 from prefixquant.pipeline.progress import make_progress
@@ -121,18 +121,26 @@ def open_store(url: str) -> ArtifactStore:
     return store
 
 
-def plan_recipe(recipe: Recipe, store_url: str, machine: Machine | None = None) -> tuple[Graph, Plan]:
-    """Return the graph of a recipe and what a run of it would do; starts nothing and writes nothing.
-
-    `machine`: for the estimates; None: this one.
-    """
+def known_model(recipe: Recipe, store: ArtifactStore) -> tuple[Source, LoadedModel]:
+    """Return a recipe's model without its weights, as the store has it or else read now; writes nothing."""
     source = prepare(recipe)
+    key = Graph([load_node(source)]).key("load")
+    if store.has(key):
+        return source, LoadedModel.from_artifact(load_artifact(store, key))
+    return source, load_model(str(source.path))
+
+
+def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
+    """Return the graph of a recipe and what a run of it would do here; starts nothing and writes nothing."""
     store = ArtifactStore(store_url)
-    alone = Graph([load_node(source)])
-    key = alone.key("load")
-    model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
-    graph = build_graph(recipe, source, model, machine=machine or local_machine())
-    return graph, make_plan(graph, targets(graph), store, _previous(store, recipe.name))
+    source, model = known_model(recipe, store)
+    graph = build_graph(recipe, source, model, machine=local_machine())
+    return graph, plan_graph(graph, store, recipe.name)
+
+
+def plan_graph(graph: Graph, store: ArtifactStore, name: str) -> Plan:
+    """Return what a run of a recipe's graph would do, with the reasons since the last run of a recipe of this name."""
+    return make_plan(graph, targets(graph), store, _previous(store, name))
 
 
 def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:

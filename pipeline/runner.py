@@ -17,7 +17,7 @@ from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.graph import Graph, Node
 from prefixquant.pipeline.keys import plain_config
-from prefixquant.pipeline.placement import Admission, request_of, upward_ranks
+from prefixquant.pipeline.placement import Admission, ranks_for, request_of, upward_ranks
 from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
 from prefixquant.pipeline.worker import NodeCall, NodeResult, run_member, run_node
 from prefixquant.tasks.errors import CheckpointError, ConfigError, DataError, NumericalError, UnsupportedModelError
@@ -203,7 +203,7 @@ class _Run:
                 self.collect(ref)
 
     def submit_ready(self) -> None:
-        """Start the nodes that have to run and have their inputs, those first for which most waits, while there is room.
+        """Start nodes that have to run and have their inputs, the longest way to the end first, while there is room.
 
         The cluster gets little more than it can run at once (`placement.Admission`).
         """
@@ -285,8 +285,7 @@ class _Run:
             if gang.batch % self.ranks:
                 raise ConfigError(f"--ranks {self.ranks} does not divide train.batch_size {gang.batch}")
             return self.ranks
-        most = max(1, self.session.gpus // gang.shares)
-        return max(ranks for ranks in range(1, min(most, gang.batch) + 1) if gang.batch % ranks == 0)
+        return ranks_for(self.session.gpus, gang.shares, gang.batch)
 
     def read_messages(self) -> None:
         """Pass on what the running tasks say of themselves."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from prefixquant.cluster.inline_session import InlineMailbox
 from prefixquant.cluster.mailbox import Mailbox
 from prefixquant.cluster.ray_session import assigned_gpus
 from prefixquant.cluster.store import ArtifactStore
@@ -128,7 +129,7 @@ class NodeCall:
     device: str | None = None
     """Where to compute. None: on the GPU that Ray has assigned, or else on the CPU."""
 
-    mailbox: Mailbox | None = None
+    mailbox: Mailbox | InlineMailbox | None = None
     """Where to say how far the task is."""
 
 

@@ -22,7 +22,6 @@ from prefixquant.tasks.random_checkpoint import SHAPES, BlockShape
 from prefixquant.tasks.steps import SingleRank
 from prefixquant.tasks.train_block import BlockLoss
 
-
 PREFIX_TOKENS = 3
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from prefixquant.tasks.errors import ConfigError
+from prefixquant.tasks.load import LoadedModel
 from prefixquant.tasks.model.block import block_shapes
 from prefixquant.tasks.model.checkpoint import INDEX_FILE
 from prefixquant.tasks.model.families import FAMILIES
@@ -38,6 +39,29 @@ SHAPES = {
     "llama-3-8b": BlockShape(4096, 14336, 32, 8),
     "llama-3-70b": BlockShape(8192, 28672, 64, 8),
 }
+
+MODELS = {
+    "tiny": (2, 258),
+    "smollm2-135m": (30, 49152),
+    "llama-2-7b": (32, 32000),
+    "llama-3-8b": (32, 128256),
+    "llama-3-70b": (80, 128256),
+}
+"""Blocks and vocabulary of the models of these shapes."""
+
+
+def shape_model(name: str) -> LoadedModel:
+    """Return what is known of the model of a shape without its files: enough to plan with. No tokenizer."""
+    blocks, vocabulary = MODELS[name]
+    dtype = torch.float32 if name == "tiny" else torch.bfloat16
+    return LoadedModel(
+        config=shape_config(SHAPES[name], blocks=blocks, vocabulary=vocabulary, dtype=dtype),
+        family=FAMILIES["llama"],
+        dtype=str(dtype).removeprefix("torch."),
+        bos_token_id=BOS,
+        files={},
+        index=None,
+    )
 
 
 def shape_config(shape: BlockShape, *, blocks: int, vocabulary: int, dtype: torch.dtype) -> LlamaConfig:

@@ -77,7 +77,9 @@ def saved_weights(
     if spec is None:
         return {}
     prefix = family.block_prefix(block)
-    return {role: unpack_weight(tensors, prefix + role, shapes[f"{role}.weight"], spec, device) for role in family.linears}
+    return {
+        role: unpack_weight(tensors, prefix + role, shapes[f"{role}.weight"], spec, device) for role in family.linears
+    }
 
 
 def block_weights(
