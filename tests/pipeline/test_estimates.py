@@ -1,26 +1,14 @@
 """Predictions against figures measured on an H200 (README, docs/decisions/block-training.md)."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from planned import H200, build
 
-from prefixquant.pipeline.build import Source, build_graph
-from prefixquant.pipeline.estimates import Shape, estimate, stream_place, train_bytes
+from prefixquant.pipeline.estimates import estimate, stream_place, train_bytes
 from prefixquant.pipeline.machines import Work, find_machine
-from prefixquant.pipeline.recipe import load_recipe
-from prefixquant.tasks.random_checkpoint import shape_model
 
-H200 = find_machine("NVIDIA H200")
 MEMORY, TIME = 0.15, 0.40  # how good predictions have to be
-
-
-def build(shape, dtype, *overrides, machine=H200, recipe="w4a4kv4-static-trained"):
-    own = ["data.calibration=python-docs", "evaluate.texts=[python-docs]"]
-    recipe = load_recipe(recipe, [*own, *overrides])
-    model = replace(shape_model(shape), dtype=dtype)
-    graph = build_graph(recipe, Source(path=Path("x"), fingerprint="x"), model, machine=machine)
-    return graph, Shape.of(model, dtype, recipe), recipe
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from prefixquant.pipeline.graph import Estimate, Graph, Node, Resources, Task
 from prefixquant.pipeline.placement import Admission, Request, gpu_share, ranks_for, request_of, upward_ranks
 
 GB = 10**9
+COMPUTE = Resources(gpus=1, cpus=1)
 WORK = Task(name="work", version=1, run=lambda context: None)
 
 
-def node(name="n", device=0, host=GB, resources=Resources(gpus=1, cpus=1), **fields):
+def node(name="n", device=0, host=GB, resources=COMPUTE, **fields):
     cost = Estimate(seconds=1, host_bytes=host, device_bytes=device, stored_bytes=0, disk_bytes=3 * GB)
     return Node(name=name, task=WORK, resources=resources, estimate=cost, **fields)
 
