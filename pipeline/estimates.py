@@ -3,6 +3,7 @@
 Letters of the comments: P parameters of a block, m of its largest matrix, T tokens, H hidden, I intermediate channels.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from prefixquant.kernels.hadamard import hadamard_factors, has_hadamard
+from prefixquant.kernels.hadamard import has_hadamard
+from prefixquant.kernels.hadamard.reference import hadamard_axes
 from prefixquant.pipeline.graph import Estimate, Node
 from prefixquant.pipeline.machines import Machine, Work
 from prefixquant.pipeline.recipe import Recipe
@@ -25,7 +27,10 @@ ACTIVATION_BYTES = 26
 """Kept for the backward of a training step, a token and channel (H + I); from blocks of 8B and 70B models."""
 
 LOGIT_COPIES = 15
-"""Float32 tensors of the size of 1024 tokens' logits that the loss past the last block holds at once."""
+"""Float32 tensors of the size of 1024 tokens' logits that the loss past the last block holds at once; on an H200."""
+
+CPU_LOGIT_COPIES = 5
+"""The same on a CPU."""
 
 ROTATION_BYTES = 24
 """Float64 matrices at hand while the largest one is rotated, in bytes of its entries, beside the whole block."""
@@ -215,7 +220,7 @@ def _rate(dtype: str) -> str:
 
 def _transform(size: int) -> int:
     """Return the operations of a Hadamard transform, an element."""
-    return 2 * sum(hadamard_factors(size)) if has_hadamard(size) else 2 * size
+    return 2 * sum(math.prod(axis) for axis in hadamard_axes(size)) if has_hadamard(size) else 2 * size
 
 
 def _rotate(shape: Shape) -> _Cost:
@@ -253,14 +258,14 @@ def _walk(stage: str, shape: Shape, walks: int, tokens: int) -> _Cost:
     return _Cost(
         work=Work(stage=stage, blocks=walks * shape.blocks, read_bytes=reads, **passes),
         device=shape.block_bytes + 2 * shape.stream_bytes(tokens) + shape.forward_bytes(min(FORWARD_TOKENS, tokens)),
-        host=shape.block_bytes + shape.ends_bytes + 4 * tokens * (shape.blocks if stage == "prefix" else 0),
+        host=shape.block_bytes + 4 * tokens * (shape.blocks if stage == "prefix" else 0),
     )
 
 
 def _stream(shape: Shape, *, computed: bool) -> _Cost:
     stored = shape.stream_bytes(shape.search_tokens)
     if not computed:
-        return _Cost(work=Work(stage="stream", read_bytes=shape.ends_bytes), host=shape.ends_bytes, stored=stored)
+        return _Cost(work=Work(stage="stream", read_bytes=shape.ends_bytes), host=2 * stored, stored=stored)
     return _Cost(
         work=Work(
             stage="stream",
@@ -298,7 +303,7 @@ def _search(shape: Shape) -> _Cost:
     )
 
 
-def train_bytes(shape: Shape, train: TrainConfig, *, ranks: int = 1, last: bool = True) -> float:
+def train_bytes(shape: Shape, train: TrainConfig, *, ranks: int = 1, last: bool = True, gpu: bool = True) -> float:
     """Return the bytes on a rank's device while a block is trained, the streams aside.
 
     `last`: whether the blocks whose loss is that of the logits are among them.
@@ -312,7 +317,8 @@ def train_bytes(shape: Shape, train: TrainConfig, *, ranks: int = 1, last: bool 
     ahead = min(train.lookahead, shape.blocks - 1)
     peak += (1 + ahead) * shape.block_bytes + ahead * kept
     if last and ahead:
-        peak += shape.ends_bytes / 2 + LOGIT_COPIES * 4 * 1024 * shape.vocabulary
+        copies = LOGIT_COPIES if gpu else CPU_LOGIT_COPIES
+        peak += shape.ends_bytes / 2 + copies * 4 * min(tokens, 1024) * shape.vocabulary
     return peak
 
 
@@ -360,7 +366,8 @@ def _train(stage: str, config: Any, shape: Shape, machine: Machine, ranks: int) 
             read_bytes=reads + shape.ends_bytes,
             **passes,
         ),
-        device=train_bytes(shape, train, ranks=ranks, last=last) + (stream_bytes if place == "device" else 0),
+        device=train_bytes(shape, train, ranks=ranks, last=last, gpu=machine.memory_bytes > 0)
+        + (stream_bytes if place == "device" else 0),
         host=4 * shape.parameters + 2 * shape.block_bytes + shape.ends_bytes + (stream_bytes if place == "host" else 0),
         stored=shape.quantized_bytes * trained,
         disk=stream_bytes if place == "disk" else 0,
@@ -373,6 +380,9 @@ def _evaluate(shape: Shape, *, quantized: bool) -> _Cost:
     kind = f"forward_{_rate(shape.dtype)}"
     passes["flops"][kind] += 2.0 * tokens * shape.hidden * shape.vocabulary
     block = shape.quantized_bytes if quantized else shape.block_bytes
+    stream, head = shape.stream_bytes(tokens), shape.ends_bytes / 2
+    logits = shape.window * shape.vocabulary * (8 if shape.dtype == "float32" else 10)  # in float32, and their softmax
+    in_blocks = shape.block_bytes + 2 * stream + shape.forward_bytes(min(FORWARD_TOKENS, tokens))
     return _Cost(
         work=Work(
             stage="evaluate",
@@ -380,9 +390,6 @@ def _evaluate(shape: Shape, *, quantized: bool) -> _Cost:
             read_bytes=shape.blocks * block + shape.ends_bytes,
             **passes,
         ),
-        device=shape.block_bytes
-        + shape.ends_bytes / 2
-        + 2 * shape.stream_bytes(tokens)
-        + max(shape.forward_bytes(min(FORWARD_TOKENS, tokens)), shape.window * shape.vocabulary * 12),
-        host=shape.block_bytes + shape.ends_bytes,
+        device=max(in_blocks, stream + head + logits),
+        host=shape.block_bytes + head,
     )

@@ -92,15 +92,15 @@ class Admission:
         self._streams = streams
         self._admitted: dict[str, tuple[str, float]] = {}
 
-    def admit(self, name: str, request: Request, *, waiting_streams: int | None = None) -> bool:
+    def admit(self, name: str, request: Request, ranks: int = 1, *, waiting_streams: int | None = None) -> bool:
         """Return whether the node may be handed over now, and if so count it until `end`.
 
-        The first of its kind always may; then nothing can wait for ever. `waiting_streams`: of a node whose artifact is
-        ephemeral, how many of these there are already.
+        The first of its kind always may; then nothing can wait for ever. `request` is of each of the node's ranks.
+        `waiting_streams`: of a node whose artifact is ephemeral, how many of these there are already.
         """
         if request.cpus == 0:
             return True
-        kind, amount = ("gpu", request.gpus) if request.gpus else ("cpu", float(request.cpus))
+        kind, amount = ("gpu", ranks * request.gpus) if request.gpus else ("cpu", float(ranks * request.cpus))
         if self._used[kind] and self._used[kind] + amount > self._limit[kind]:
             return False
         if waiting_streams is not None and self._admitted and waiting_streams >= self._streams:

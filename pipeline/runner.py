@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.graph import Graph, Node
 from prefixquant.pipeline.keys import plain_config
-from prefixquant.pipeline.placement import Admission, ranks_for, request_of, upward_ranks
+from prefixquant.pipeline.placement import Admission, Request, ranks_for, request_of, upward_ranks
 from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
 from prefixquant.pipeline.worker import NodeCall, NodeResult, run_member, run_node
 from prefixquant.tasks.errors import CheckpointError, ConfigError, DataError, NumericalError, UnsupportedModelError
@@ -182,8 +182,7 @@ class _Run:
         self.pending: dict[Ref, str] = {}
         durable = [name for name in graph.order if not graph.nodes[name].task.ephemeral]
         self.kept = {*targets, *durable}
-        gpu = session.gpu()
-        self.requests = {name: request_of(node, gpu[1] if gpu else None) for name, node in graph.nodes.items()}
+        self.requests = {name: self.request(node) for name, node in graph.nodes.items()}
         slots = session.gpus or session.cpus
         self.admission = Admission(session.cpus, session.gpus, streams=_STREAMS_A_SLOT * slots)
         costs = {name: node.estimate.seconds if node.estimate else 1.0 for name, node in graph.nodes.items()}
@@ -225,8 +224,9 @@ class _Run:
                 self.set_state(name, "cached")
                 found = True
                 continue
-            streams = self.waiting_streams() if self.graph.nodes[name].task.ephemeral else None
-            if not self.admission.admit(name, self.requests[name], waiting_streams=streams):
+            node = self.graph.nodes[name]
+            streams = self.waiting_streams() if node.task.ephemeral else None
+            if not self.admission.admit(name, self.requests[name], self.num_ranks(node), waiting_streams=streams):
                 continue
             self.submit(name)
             busy.add(key)
@@ -241,7 +241,6 @@ class _Run:
 
     def submit(self, name: str) -> None:
         node, request = self.graph.nodes[name], self.requests[name]
-        cpus, gpus = self.session.fit(request.cpus, request.gpus)
         later = self.decide_rest()
         byproducts = {
             label: Byproduct(
@@ -259,19 +258,27 @@ class _Run:
             key=self.graph.key(name),
             input_keys=self.graph.input_keys(name),
             byproducts=byproducts,
-            cpus=max(1, cpus),
+            cpus=max(1, request.cpus),
             device=self.session.device,
             mailbox=self.session.mailbox() if node.resources.gang is not None else None,
         )
         ranks = self.num_ranks(node)
         if ranks > 1:
-            whole = self.session.fit(request.cpus, node.resources.gpus)[1]
-            ref = self.session.submit_group(run_member, call, name=name, ranks=ranks, cpus=cpus, gpus=whole)
+            size = {"ranks": ranks, "cpus": request.cpus, "gpus": request.gpus}
+            ref = self.session.submit_group(run_member, call, name=name, **size)
         else:
             room = {"memory": request.memory_bytes, "disk": request.disk_bytes}
-            ref = self.session.submit(run_node, call, name=name, cpus=cpus, gpus=gpus, **room)
+            ref = self.session.submit(run_node, call, name=name, cpus=request.cpus, gpus=request.gpus, **room)
         self.pending[ref] = name
         self.emit("submitted", name)
+
+    def request(self, node: Node) -> Request:
+        """Return what the node, or each of its ranks, asks for, cut to what is there. Ranks share no GPU."""
+        gpu = self.session.gpu()
+        alone = self.num_ranks(node) > 1
+        wanted = request_of(node, None if gpu is None or alone else gpu[1])
+        cpus, gpus = self.session.fit(wanted.cpus, wanted.gpus)
+        return replace(wanted, cpus=cpus, gpus=gpus)
 
     def num_ranks(self, node: Node) -> int:
         """Return how many processes the node runs as: what was asked for, or what its share of the GPUs has room for.

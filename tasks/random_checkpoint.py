@@ -109,7 +109,7 @@ def write_random_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     config = shape_config(shape, blocks=blocks, vocabulary=vocabulary, dtype=dtype)
     config.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     family = FAMILIES["llama"]
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -144,8 +144,8 @@ def write_random_checkpoint(
     return total
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of bytes (ids 2 and on) that puts BOS in front."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes (ids 2 and on) that puts BOS in front, as Llama's does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": BOS, "</s>": EOS} | {letter: index for index, letter in enumerate(alphabet, start=2)}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))

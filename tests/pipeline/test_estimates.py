@@ -40,11 +40,9 @@ def test_training_a_small_model_takes_what_was_measured(sequences, seconds, giga
 
 def test_the_other_stages_of_a_small_model_take_what_was_measured():
     graph, _, _ = build("smollm2-135m", "float32")
-    costs = [node.estimate for node in graph.nodes.values() if node.task.name not in ("load", "tokens", "train")]
     stages = ("rotate", "prefix", "calibrate", "stream", "block")
     together = sum(node.estimate.seconds for node in graph.nodes.values() if node.task.name in stages)
     assert together == pytest.approx(25, rel=TIME)
-    assert max(cost.device_bytes for cost in costs if cost) / 1e9 == pytest.approx(2.8, rel=MEMORY)
 
 
 def test_a_70b_model_fits_one_80_gb_gpu_and_64_gb_of_host_memory():
