@@ -1,5 +1,6 @@
 """A session without Ray: functions run in this process, one after the other, when somebody waits for them."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +30,10 @@ class InlineMailbox:
         return messages
 
 
+class _Traceback(Exception):  # noqa: N818 - the cause of an error, as Ray's RayTaskError is
+    """Where in a function an error arose."""
+
+
 class _Call:
     """A function and its arguments, then its result or error."""
 
@@ -37,12 +42,13 @@ class _Call:
         self.ended = False
         self.value: Any = None
         self.error: Exception | None = None
+        self.trace = ""
 
     def run(self) -> None:
         try:
             self.value = self.function(*self.args)
         except Exception as err:  # whatever it is, `result` raises it
-            self.error = err
+            self.error, self.trace = err, traceback.format_exc()
         self.ended = True
 
 
@@ -105,9 +111,9 @@ class InlineSession:
         return list(refs[:1])
 
     def result(self, ref: Ref) -> Any:
-        """Return what the function returned or raise what it raised."""
+        """Return what the function returned or raise what it raised, chained to its traceback."""
         if ref.error is not None:
-            raise ref.error
+            raise ref.error from _Traceback(ref.trace)
         return ref.value
 
     def cancel(self, refs: Sequence[Ref]) -> None:

@@ -31,7 +31,7 @@ from prefixquant.pipeline.machines import Machine, machine_of
 from prefixquant.pipeline.recipe import load_recipe
 from prefixquant.pipeline.runner import Event, RunResult, Session, execute
 from prefixquant.pipeline.source import source_fingerprint
-from prefixquant.tasks.errors import PrefixQuantError
+from prefixquant.tasks.errors import CheckpointError, PrefixQuantError
 from prefixquant.tasks.load import LoadedModel
 from prefixquant.tasks.random_checkpoint import MIN_VOCABULARY, SHAPES, write_random_checkpoint
 
@@ -76,6 +76,9 @@ def rehearse(
         vocabulary: tokens of the model.
         inline: do without Ray.
         on_event: called with what happens.
+
+    Raises:
+        PrefixQuantError: recipe, shape or vocabulary are wrong.
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
@@ -94,7 +97,9 @@ def rehearse(
     source = Source(path=path, fingerprint=source_fingerprint(path))
     with _session(inline) as session:
         loading = Graph([load_node(source)])
-        execute(loading, ["load"], store, session)
+        loaded = execute(loading, ["load"], store, session)
+        if not loaded.ok:
+            raise CheckpointError(str(loaded.failures[0]))
         model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
         machine = machine_of(session.gpu())
         graph = build_graph(checked, source, model, machine=machine)
@@ -128,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inline", action="store_true", help="without Ray, in this process")
     parser.add_argument("--fit", action="store_true", help="print a record for machines.json with the rates found")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="prefixquant-rehearsal-"))
     try:
         found = rehearse(
@@ -153,10 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{found.result.seconds:.1f} s in all"
     )
     print("\n".join(table(found.checks)))
+    gpu_bytes = max((each.device_bytes for each in found.checks), default=0)
+    host_bytes = max((each.host_bytes for each in found.checks), default=0)
+    print(f"at most {gpu_bytes / 1e9:.1f} GB on the GPU and {host_bytes / 1e9:.1f} GB in host memory")
     if args.fit:
         print(json.dumps(asdict(found.fitted) | {"measured": f"rehearsal of {args.blocks} blocks of {args.shape}"}))
     for failure in found.result.failures:
-        print(failure, file=sys.stderr)
+        print(f"{failure}\n{failure.detail}", file=sys.stderr)
     if args.json:
         print(json.dumps({"device": found.device, "stages": [each.to_json() for each in found.checks]}))
     return 0 if found.result.ok else 1

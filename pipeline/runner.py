@@ -264,8 +264,9 @@ class _Run:
         )
         ranks = self.num_ranks(node)
         if ranks > 1:
-            size = {"ranks": ranks, "cpus": request.cpus, "gpus": request.gpus}
-            ref = self.session.submit_group(run_member, call, name=name, **size)
+            ref = self.session.submit_group(
+                run_member, call, name=name, ranks=ranks, cpus=request.cpus, gpus=request.gpus
+            )
         else:
             room = {"memory": request.memory_bytes, "disk": request.disk_bytes}
             ref = self.session.submit(run_node, call, name=name, cpus=request.cpus, gpus=request.gpus, **room)

@@ -19,8 +19,9 @@ def test_result_raises_what_the_function_raised():
     session = InlineSession(device="cpu")
     ref = session.submit(int, "four", name="parse")
     assert session.wait([ref]) == [ref]
-    with pytest.raises(ValueError, match="four"):
+    with pytest.raises(ValueError, match="four") as caught:
         session.result(ref)
+    assert "Traceback" in str(caught.value.__cause__)
 
 
 def test_messages_are_taken_once():
