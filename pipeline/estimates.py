@@ -18,6 +18,7 @@ from prefixquant.pipeline.machines import Machine, Work
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.tasks.load import LoadedModel
 from prefixquant.tasks.model.sites import ALL_SITES, head_size
+from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.search import SearchConfig
 from prefixquant.tasks.streams import DEVICE_SHARE
 from prefixquant.tasks.train_chain import FORWARD_TOKENS
@@ -37,6 +38,12 @@ ROTATION_BYTES = 24
 
 SEARCH_BYTES = 30
 """Float32 matrices at hand while the scales of the largest one are searched, in bytes of its entries."""
+
+GPTQ_BYTES = 20
+"""Float32 matrices at hand while the Gram matrix of GPTQ is factorized, in bytes of its entries."""
+
+COLUMNS_A_FORWARD = 50
+"""Columns that GPTQ rounds in the time of the launches of one forward."""
 
 _CHEAP = ("load", "tokens", "export", "report")
 
@@ -185,7 +192,8 @@ def work_of(node: Node, shape: Shape, machine: Machine) -> Work:
 def _cost(node: Node, shape: Shape, machine: Machine, ranks: int = 1) -> _Cost:
     match node.task.name:
         case "rotate":
-            return _rotate_ends(shape) if node.name == "rotate[ends]" else _rotate(shape)
+            rotate = node.config.rotate
+            return _rotate_ends(shape, rotate) if node.config.block is None else _rotate(shape, rotate)
         case "prefix":
             searched = "windows" in node.inputs
             known = node.config.find.tokens
@@ -196,7 +204,7 @@ def _cost(node: Node, shape: Shape, machine: Machine, ranks: int = 1) -> _Cost:
         case "stream":
             return _stream(shape, computed=node.config.block > 0)
         case "block":
-            return _search(shape)
+            return _search(shape, rounds=node.config.gptq is not None)
         case "train" | "polish":
             return _train(node.task.name, node.config, shape, machine, ranks)
         case "evaluate":
@@ -218,18 +226,20 @@ def _rate(dtype: str) -> str:
     return "float32" if dtype == "float32" else "bfloat16"
 
 
-def _transform(size: int) -> int:
-    """Return the operations of a Hadamard transform, an element."""
-    return 2 * sum(math.prod(axis) for axis in hadamard_axes(size)) if has_hadamard(size) else 2 * size
+def _transform(kind: str | None, size: int) -> int:
+    """Return the operations of a rotation, an element."""
+    if kind == "hadamard" and has_hadamard(size):
+        return 2 * sum(math.prod(axis) for axis in hadamard_axes(size))
+    return 0 if kind is None else 2 * size
 
 
-def _rotate(shape: Shape) -> _Cost:
+def _rotate(shape: Shape, rotate: RotateConfig) -> _Cost:
     down = shape.linears[-1][0] * shape.linears[-1][1]
     values = 2 * shape.linears[2][0] * shape.linears[2][1]
     flops = (
-        shape.parameters * _transform(shape.hidden)
-        + down * _transform(shape.intermediate)
-        + values * _transform(shape.head_dim)
+        shape.parameters * _transform(rotate.r1, shape.hidden)
+        + down * _transform("hadamard" if rotate.r4 else None, shape.intermediate)
+        + values * _transform(rotate.r2, shape.head_dim)
     )
     return _Cost(
         work=Work(stage="rotate", flops={"rotate": flops}, read_bytes=shape.block_bytes),
@@ -239,8 +249,8 @@ def _rotate(shape: Shape) -> _Cost:
     )
 
 
-def _rotate_ends(shape: Shape) -> _Cost:
-    flops = 2 * shape.vocabulary * shape.hidden * _transform(shape.hidden)
+def _rotate_ends(shape: Shape, rotate: RotateConfig) -> _Cost:
+    flops = 2 * shape.vocabulary * shape.hidden * _transform(rotate.r1, shape.hidden)
     return _Cost(
         work=Work(stage="rotate", flops={"rotate": flops}, read_bytes=shape.ends_bytes),
         device=min(8192, shape.vocabulary) * shape.hidden * 8 * 4,
@@ -279,7 +289,8 @@ def _stream(shape: Shape, *, computed: bool) -> _Cost:
     )
 
 
-def _search(shape: Shape) -> _Cost:
+def _search(shape: Shape, *, rounds: bool) -> _Cost:
+    """Return the cost of searching a block's scales; `rounds`: and of rounding its weights by GPTQ."""
     search, tokens = shape.search, shape.search_tokens
     ratios = 0 if search is None else len(ALL_SITES) * (search.coarse_points + search.fine_points)
     points = search.weight_points if search is not None and search.weights else 0
@@ -289,6 +300,13 @@ def _search(shape: Shape) -> _Cost:
     passes = _forward(shape, tokens, ratios + 3 + (1 if points else 0))
     passes["flops"] |= {"search": products + grams}
     passes["elements"] |= {"search": float(points * shape.parameters)}
+    inverses = 0
+    if rounds:  # of each linear a Gram matrix, its factor, and a sweep over the inputs, some kernels a column
+        passes["flops"]["search"] += sum(
+            2.0 * tokens * inputs**2 + 2.0 * inputs**3 + outputs * inputs**2 for outputs, inputs in shape.linears
+        )
+        passes["forwards"] += 5 + sum(inputs for _, inputs in shape.linears) / COLUMNS_A_FORWARD
+        inverses = GPTQ_BYTES * max(inputs for _, inputs in shape.linears) ** 2
     stream = shape.stream_bytes(tokens)
     return _Cost(
         work=Work(stage="block", blocks=1, read_bytes=shape.block_bytes + stream, **passes),
@@ -297,7 +315,7 @@ def _search(shape: Shape) -> _Cost:
         + 2 * shape.parameters
         + 3 * stream
         + (sum(4 * inputs * gram_inputs[inputs] for _, inputs in shape.linears) if points else 0)
-        + max(SEARCH_BYTES * shape.largest, shape.forward_bytes(min(FORWARD_TOKENS, tokens))),
+        + max(SEARCH_BYTES * shape.largest, inverses, shape.forward_bytes(min(FORWARD_TOKENS, tokens))),
         host=shape.block_bytes + stream + shape.quantized_bytes,
         stored=shape.quantized_bytes,
     )

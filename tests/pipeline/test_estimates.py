@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from planned import H200, build
 
-from prefixquant.pipeline.estimates import estimate, stream_place, train_bytes
+from prefixquant.pipeline.estimates import estimate, stream_place, train_bytes, work_of
 from prefixquant.pipeline.machines import Work, find_machine
 
 MEMORY, TIME = 0.15, 0.40  # how good predictions have to be
@@ -76,3 +76,13 @@ def test_streams_on_disk_are_asked_of_the_disk_and_not_of_the_host():
     host, disk = (graph.nodes["train[0]"].estimate for graph in (on_host, on_disk))
     assert (host.disk_bytes, disk.disk_bytes) == (0, streams)
     assert host.host_bytes - disk.host_bytes == streams
+
+
+def test_what_is_switched_off_costs_nothing_and_what_is_added_costs_more():
+    plain, sizes, _ = build("llama-3-8b", "bfloat16")
+    still, _, _ = build("llama-3-8b", "bfloat16", "rotate={r1: off, r2: off, r3: off, r4: off}")
+    rounded, _, _ = build("llama-3-8b", "bfloat16", "gptq={training: start}")
+    full, _, _ = build("llama-3-8b", "bfloat16", "rotate.r1=orthogonal")
+    assert work_of(still.nodes["rotate[0]"], sizes, H200).flops == {"rotate": 0}
+    assert full.nodes["rotate[0]"].estimate.seconds > plain.nodes["rotate[0]"].estimate.seconds
+    assert rounded.nodes["block[0]"].estimate.seconds > plain.nodes["block[0]"].estimate.seconds
