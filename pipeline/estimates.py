@@ -366,12 +366,15 @@ def _train(stage: str, config: Any, shape: Shape, machine: Machine, ranks: int) 
         streams += (tokens + held_out) * passed * trained
     passes = _forward(shape, streams // ranks)
     looked = 1 + 0.67 * train.lookahead
+    # Past the last block the loss is that of the logits: of output and target, again in the backward, and its gradient.
+    last = max(0, config.stop - max(config.first, shape.blocks - train.lookahead))
+    head = 2.0 * shape.vocabulary * shape.hidden * last
+    training += head * (5 * train.epochs * tokens + 2 * (train.epochs + 1) * held_out)
     passes["flops"] |= {"train": training / ranks}
     passes["elements"] |= {"train": train.epochs * tokens * trained * shape.channels * looked / ranks}
     exchanged = 2 * 4 * shape.parameters * (ranks - 1) / ranks  # gradients reduced, parameters gathered, float32
     place, stream_bytes = stream_place(shape, train, machine, ranks)
     reads = (config.stop + trained + train.lookahead) * shape.block_bytes + trained * shape.quantized_bytes
-    last = config.stop + train.lookahead >= shape.blocks + 1
     return _Cost(
         work=Work(
             stage=stage,
@@ -384,7 +387,7 @@ def _train(stage: str, config: Any, shape: Shape, machine: Machine, ranks: int) 
             read_bytes=reads + shape.ends_bytes,
             **passes,
         ),
-        device=train_bytes(shape, train, ranks=ranks, last=last, gpu=machine.memory_bytes > 0)
+        device=train_bytes(shape, train, ranks=ranks, last=last > 0, gpu=machine.memory_bytes > 0)
         + (stream_bytes if place == "device" else 0),
         host=4 * shape.parameters + 2 * shape.block_bytes + shape.ends_bytes + (stream_bytes if place == "host" else 0),
         stored=shape.quantized_bytes * trained,

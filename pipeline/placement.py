@@ -12,8 +12,8 @@ GPU_CONTEXT_BYTES = 700 * 2**20
 MARGIN = 1.15
 """Predicted memory is good to 15 %."""
 
-_SHARES = 20
-"""Fractions of a GPU are multiples of one over this."""
+_SHARES = 8
+"""Fractions of a GPU are multiples of one over this. More processes than that only take each other's turns."""
 
 AHEAD = 2
 """Work handed to the cluster at once, over what it can run at once. Enough that no worker waits for the driver; the
@@ -54,7 +54,7 @@ def request_of(node: Node, gpu_bytes: float | None) -> Request:
 
 
 def gpu_share(device_bytes: float, gpu_bytes: float | None) -> float:
-    """Return the part of a GPU that a task with so many bytes on it needs: a twentieth at least, 1 above a half."""
+    """Return the part of a GPU that a task with so many bytes on it needs: an eighth at least, 1 above a half."""
     if not gpu_bytes or not device_bytes:
         return 1.0
     share = math.ceil(_SHARES * (MARGIN * device_bytes + GPU_CONTEXT_BYTES) / gpu_bytes) / _SHARES

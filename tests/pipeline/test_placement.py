@@ -20,8 +20,8 @@ def node(name="n", device=0, host=GB, resources=COMPUTE, **fields):
 
 
 def test_a_gpu_is_shared_by_predicted_memory_with_a_margin():
-    assert gpu_share(1 * GB, 80 * GB) == 0.05
-    assert gpu_share(10 * GB, 80 * GB) == 0.2  # 10 GB, 15 % and the context
+    assert gpu_share(1 * GB, 80 * GB) == 0.125
+    assert gpu_share(10 * GB, 80 * GB) == 0.25  # 10 GB, 15 % and the context
     assert gpu_share(33 * GB, 80 * GB) == 0.5
     assert gpu_share(36 * GB, 80 * GB) == 1.0  # two of them would not fit
     assert gpu_share(36 * GB, None) == 1.0
@@ -35,7 +35,7 @@ def test_tasks_that_share_a_gpu_fit_it_even_if_15_percent_larger_than_predicted(
 
 
 def test_a_node_asks_for_what_is_predicted_and_a_cheap_one_for_nothing():
-    assert request_of(node(device=GB), 80 * GB) == Request(cpus=1, gpus=0.05, memory_bytes=GB, disk_bytes=3 * GB)
+    assert request_of(node(device=GB), 80 * GB) == Request(cpus=1, gpus=0.125, memory_bytes=GB, disk_bytes=3 * GB)
     assert request_of(node(device=GB, resources=Resources(gpus=2, cpus=4)), 80 * GB).gpus == 2
     cheap = request_of(node(resources=Resources(cpus=0)), 80 * GB)
     assert cheap == Request(cpus=0, gpus=0, memory_bytes=0, disk_bytes=0)
