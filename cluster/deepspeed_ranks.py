@@ -4,20 +4,17 @@ Its classes satisfy the protocols of block training (Ranks, Stepper) by structur
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from prefixquant.cluster.deepspeed_stepper import DeepSpeedStepper
 from prefixquant.cluster.errors import RanksError
+from prefixquant.cluster.process_group import process_group
 from prefixquant.cluster.worker_group import Membership
 
 
@@ -32,26 +29,11 @@ def join(member: Membership, device: torch.device, *, stage: int | None = None) 
     Raises:
         RanksError: a device or stage that cannot be.
     """
-    if device.type == "cuda" and (device.index or 0) != 0:
-        raise RanksError(f"rank {member.rank} trains on cuda:0, the one GPU it should see, not on {device}")
     if stage not in (None, 1, 2, 3):
         raise RanksError(f"the ZeRO stage must be 1, 2 or 3, got {stage}")
-    environment = {
-        "RANK": str(member.rank),
-        "WORLD_SIZE": str(member.size),
-        "LOCAL_RANK": "0",  # an index into the GPUs that this process sees
-        "MASTER_ADDR": member.master_addr,
-        "MASTER_PORT": str(member.master_port),
-        "DS_ACCELERATOR": device.type,  # a rank without a GPU may still see those of its node
-    }
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
+    environment = {"DS_ACCELERATOR": device.type}  # a rank without a GPU may still see those of its node
+    with process_group(member, device, environment) as backend:
         deepspeed = _deepspeed(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if device.type == "cuda":
-            torch.cuda.set_device(0)
-        torch.distributed.init_process_group(backend, store=_meeting(member), rank=member.rank, world_size=member.size)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         ranks = DeepSpeedRanks(member, device, stage)
         try:
@@ -61,13 +43,7 @@ def join(member: Membership, device: torch.device, *, stage: int | None = None) 
                 deepspeed.comm.destroy_process_group()
             raise
         ranks.close()
-        deepspeed.comm.destroy_process_group()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        deepspeed.comm.destroy_process_group()  # which forgets it as well
 
 
 def zero_stage(num_parameters: int, ranks: int, device_bytes: int | None) -> int:
@@ -152,19 +128,6 @@ class DeepSpeedRanks:
         if self._stepper is not None:
             stepper, self._stepper = self._stepper, None
             stepper.close()
-
-
-def _meeting(member: Membership) -> Any:
-    """Return the store through which the ranks meet; each time that they join, they do so in a corner of its own."""
-    store, joins = _store(member)
-    return PrefixStore(f"join {next(joins)}", store)
-
-
-@cache
-def _store(member: Membership) -> tuple[Any, Iterator[int]]:
-    # Kept as long as the process: a rank that joins again before rank 0 has left would meet the store of before.
-    store = TCPStore(member.master_addr, member.master_port, member.size, member.rank == 0)
-    return store, count()
 
 
 def _deepspeed(device: torch.device) -> Any:

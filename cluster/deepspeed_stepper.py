@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class DeepSpeedStepper:
         )
         config = {
             "train_micro_batch_size_per_gpu": 1,  # only counts samples
-            "gradient_clipping": gradient_clip or 0.0,
+            "gradient_clipping": (gradient_clip or 0.0) if stage == 3 else 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000},  # elements: 200 MB
             "timers": {"throughput": {"enabled": False, "synchronized": False}},  # it waits for the device
@@ -53,6 +54,8 @@ class DeepSpeedStepper:
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, model_parameters=list(self._names), config=config
         )
+        if gradient_clip is not None and stage < 3:
+            optimizer.register_step_pre_hook(partial(self._clip, gradient_clip))
         self._create_state(fused=device.type == "cuda")
         self._scale = _LossScale(self._zero) if precision == "fp16" else None
 
@@ -67,6 +70,16 @@ class DeepSpeedStepper:
             self._zero.optimizer.state[each] = {"step": step} | moments
         if self.stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()  # links the parameters to their parts of it
+
+    def _clip(self, most: float, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Clip what the optimizer is about to take. DeepSpeed's own clipping asks the device once a parameter group."""
+        excess = ((self._zero._global_grad_norm + 1e-6) / most).clamp_min(1.0)
+        if self._device.type == "cuda":
+            optimizer.grad_scale = excess  # type: ignore[attr-defined]  # the fused update divides by it
+            return
+        for group in optimizer.param_groups:
+            for each in group["params"]:
+                each.grad.div_(excess)
 
     def step(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step on this rank's share of a batch.

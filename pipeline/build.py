@@ -45,6 +45,7 @@ WITHOUT_PREFIX = "/without_prefix"
 """Ends the names of the nodes that quantize once more without the prefix."""
 
 UNTRAINED = "/untrained"
+SEQUENTIAL = "/sequential"
 """Ends the names of the nodes that measure the quantized model before training."""
 
 
@@ -129,6 +130,9 @@ class _Builder:
         self.machine = machine
         self.labels = text_labels(recipe.evaluate.texts)
         self.training = None if recipe.train is None else Training.of(recipe, recipe.train, model, self.dtype)
+        self.sequential: Training | None = None
+        if self.training is not None and recipe.evaluate.sequential:
+            self.sequential = self.training.in_sequence(SEQUENTIAL)
         self.rotated = tuple(f"rotate[{block}]" for block in range(model.num_blocks))
 
     def nodes(self) -> list[Node]:
@@ -148,6 +152,11 @@ class _Builder:
         evaluated += self._evaluate("quantized", "")
         if self.training is not None and recipe.evaluate.untrained:
             evaluated += self._evaluate("quantized", UNTRAINED)
+        if self.sequential is not None:
+            found += [
+                replace(node, estimate=estimate(node, self.shape, self.machine)) for node in self.sequential.nodes()
+            ]
+            evaluated += self._evaluate("quantized", SEQUENTIAL)
         if recipe.evaluate.without_prefix:
             found += self._quantized(FindPrefixConfig(tokens=()), WITHOUT_PREFIX)
             evaluated += self._evaluate("quantized", WITHOUT_PREFIX)
@@ -271,6 +280,8 @@ class _Builder:
         """Return the blocks that are measured under this suffix; without one they are the final ones."""
         if self.training is not None and not suffix:
             return self.training.blocks
+        if self.sequential is not None and suffix == SEQUENTIAL:
+            return self.sequential.blocks
         searched = "" if suffix == UNTRAINED else suffix
         return tuple(f"block[{block}]{searched}" for block in range(self.model.num_blocks))
 
@@ -293,7 +304,7 @@ class _Builder:
         of_variant: Mapping[str, str | tuple[str, ...]] = (
             {
                 "ends": "rotate[ends]",
-                "prefix": "prefix" if suffix == UNTRAINED else f"prefix{suffix}",
+                "prefix": f"prefix{WITHOUT_PREFIX}" if suffix == WITHOUT_PREFIX else "prefix",
                 "blocks": self._blocks(suffix),
             }
             if quantized

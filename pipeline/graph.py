@@ -7,7 +7,7 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
-from prefixquant.pipeline.keys import node_key
+from prefixquant.pipeline.keys import node_key, plain_config
 from prefixquant.tasks.errors import PrefixQuantError
 
 if TYPE_CHECKING:  # a graph is planned without importing torch
@@ -27,6 +27,9 @@ class Gang:
 
     shares: int = 1
     """Such nodes that run at the same time, among which the GPUs are divided."""
+
+    sharding: str = "rows"
+    """How the processes divide what they train (`TrainConfig.sharding`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +110,11 @@ class Node:
 
     estimate: Estimate | None = None
     """What it should cost, where known."""
+
+    def meta(self) -> dict[str, Any]:
+        """Return what the manifest of its artifact says of it."""
+        plain = plain_config(self.config)
+        return {"task": self.task.name, "version": self.task.version, "config": plain, "node": self.name}
 
 
 class Graph:

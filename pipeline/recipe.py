@@ -154,6 +154,10 @@ class EvaluateConfig:
     untrained: bool = True
     """With training: measure the quantized model before training as well."""
 
+    sequential: bool = False
+    """With train.segments: train once more, all blocks in sequence, in the same run, and measure that as well: what the
+    segments cost in accuracy."""
+
     def __post_init__(self) -> None:
         PerplexityConfig(window=self.window, max_windows=self.max_windows)
         for text in self.texts:
@@ -332,6 +336,11 @@ def _problems(recipe: Recipe) -> list[str]:
         )
     if recipe.gptq is not None and quantize.weights is None:
         problems.append("gptq rounds weights and quantize.weights is off; set gptq=off or quantize the weights")
+    if recipe.evaluate.sequential and (train is None or train.segments == 1):
+        problems.append(
+            "evaluate.sequential compares training in segments with training in sequence, and there are no segments; "
+            "set train.segments to 2 or more, or evaluate.sequential=false"
+        )
     if train is not None:
         if train.polish and quantize.weights is None:
             problems.append(

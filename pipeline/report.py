@@ -14,6 +14,7 @@ LABELS = {
     ("quantized", ""): "quantized",
     ("quantized", "/without_prefix"): "quantized without prefix",
     ("quantized", "/untrained"): "quantized without training",
+    ("quantized", "/sequential"): "quantized, trained in sequence",
 }
 """What is measured, by variant and the suffix of the node that measures it."""
 
@@ -82,11 +83,25 @@ def render_report(record: dict[str, Any]) -> str:
     ]
     lines += ["", "Error: squared error of the block's output over the squared norm.", ""]
     if record["training"]:
-        lines += _render_training(**record["training"])
+        lines += _render_training(**record["training"], costs=_segment_costs(record["perplexity"]))
     return "\n".join(lines)
 
 
-def _render_training(segments: int, blocks: Sequence[dict[str, Any]]) -> list[str]:
+def _segment_costs(perplexity: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line a text on what training in segments cost, where training in sequence was measured as well."""
+    found = {(each["model"], each["text"]): each["ppl"] for each in perplexity}
+    lines = []
+    for (model, text), sequential in found.items():
+        if model == LABELS["quantized", "/sequential"]:
+            ppl = found[LABELS["quantized", ""], text]
+            change = (ppl / sequential - 1) * 100
+            lines.append(
+                f"On {text} segments change the perplexity from {sequential:.2f} to {ppl:.2f} ({change:+.1f} %)."
+            )
+    return lines
+
+
+def _render_training(segments: int, blocks: Sequence[dict[str, Any]], costs: Sequence[str]) -> list[str]:
     rounded = any("loss_gptq" in block for block in blocks)
     head = ["block", "loss before", "loss after", *(["after GPTQ"] if rounded else []), "best epoch", "seconds"]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
@@ -101,7 +116,10 @@ def _render_training(segments: int, blocks: Sequence[dict[str, Any]]) -> list[st
         if block["divergence"]
     ]
     together = "one after the other" if segments == 1 else f"in {segments} segments, each starting in full precision"
-    return [*lines, f"Loss: the training loss on the validation sequences. Blocks were trained {together}.", ""]
+    lines += [f"Loss: the training loss on the validation sequences. Blocks were trained {together}.", ""]
+    if segments > 1:
+        lines += [*(costs or ["What that costs was not measured; evaluate.sequential=true does."]), ""]
+    return lines
 
 
 def plot_losses(blocks: Sequence[dict[str, Any]]) -> bytes:

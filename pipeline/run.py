@@ -353,7 +353,7 @@ class _Tracked:
 
     def _track(self, event: Event) -> None:
         """Log what comes of a block, stepped by block, and of an epoch of its training."""
-        if event.kind == "progress":
+        if event.kind == "progress" and event.metrics and event.node.endswith("]"):
             self._log_once(event.metrics, event.task, event.step, sign="loss")
         elif event.kind == "done" and event.task in _BLOCK_METRICS and event.node.endswith("]"):
             metrics = dict(event.result.metrics if event.result is not None else self._stored_metrics(event.node))

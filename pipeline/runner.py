@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactMissing, ResourceError, StoreUnwritable
 from prefixquant.cluster.inline_session import InlineSession
@@ -16,7 +16,6 @@ from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.graph import Graph, Node
-from prefixquant.pipeline.keys import plain_config
 from prefixquant.pipeline.placement import Admission, Request, ranks_for, request_of, upward_ranks
 from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
 from prefixquant.pipeline.worker import NodeCall, NodeResult, run_member, run_node
@@ -241,11 +240,11 @@ class _Run:
 
     def submit(self, name: str) -> None:
         node, request = self.graph.nodes[name], self.requests[name]
-        later = self.decide_rest()
+        later, gang = self.decide_rest(), node.resources.gang
         byproducts = {
             label: Byproduct(
                 key=self.graph.key(product),
-                meta=_meta(self.graph.nodes[product]),
+                meta=self.graph.nodes[product].meta(),
                 wanted=later[product] in ("yielded", "run"),
             )
             for label, product in node.byproducts.items()
@@ -259,8 +258,8 @@ class _Run:
             input_keys=self.graph.input_keys(name),
             byproducts=byproducts,
             cpus=max(1, request.cpus),
-            device=self.session.device,
-            mailbox=self.session.mailbox() if node.resources.gang is not None else None,
+            mailbox=self.session.mailbox() if gang is not None else None,
+            sharding="rows" if gang is None else gang.sharding,
         )
         ranks = self.num_ranks(node)
         if ranks > 1:
@@ -269,7 +268,8 @@ class _Run:
             )
         else:
             room = {"memory": request.memory_bytes, "disk": request.disk_bytes}
-            ref = self.session.submit(run_node, call, name=name, cpus=request.cpus, gpus=request.gpus, **room)
+            arguments = (call, None, self.session.device)
+            ref = self.session.submit(run_node, *arguments, name=name, cpus=request.cpus, gpus=request.gpus, **room)
         self.pending[ref] = name
         self.emit("submitted", name)
 
@@ -413,16 +413,6 @@ class _Run:
         task = self.graph.nodes[name].task.name
         seconds = time.monotonic() - self.start
         self.on_event(Event(kind, name, task, seconds, result, message, metrics or {}, step))
-
-
-def _meta(node: Node) -> dict[str, Any]:
-    """Return what the manifest of a byproduct says of its node."""
-    return {
-        "task": node.task.name,
-        "version": node.task.version,
-        "config": plain_config(node.config),
-        "node": node.name,
-    }
 
 
 def _advice(err: Exception) -> str:

@@ -6,17 +6,16 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from prefixquant.cluster.inline_session import InlineMailbox
-from prefixquant.cluster.mailbox import Mailbox
 from prefixquant.cluster.ray_session import assigned_gpus
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.cluster.worker_group import Membership
@@ -108,6 +107,16 @@ class NodeResult:
     """Written to the store, byproducts included."""
 
 
+class Messages(Protocol):
+    """Takes what a task says while it is under way: the mailbox of a run on Ray, for one."""
+
+    def put(self, message: dict[str, Any]) -> None:
+        """Take a message, without waiting."""
+
+    def flush(self) -> object:
+        """Wait until all messages have gone."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeCall:
     """Everything a worker needs to run one node; small, since artifacts go by key."""
@@ -126,30 +135,47 @@ class NodeCall:
     cpus: int
     """Torch threads."""
 
-    device: str | None = None
-    """Where to compute. None: on the GPU that Ray has assigned, or else on the CPU."""
-
-    mailbox: Mailbox | InlineMailbox | None = None
+    mailbox: Messages | None = None
     """Where to say how far the task is."""
+
+    sharding: str = "rows"
+    """How several processes divide what they train: `rows` (tasks/sharded_steps.py), or `zero` (DeepSpeed)."""
 
 
 def run_member(member: Membership, call: NodeCall) -> NodeResult:
     """Run the node on one of several processes that work on it together; rank 0 publishes."""
-    from prefixquant.cluster.deepspeed_ranks import join
-
-    with join(member, _device(call)) as ranks:
+    with _joined(member, call.sharding, _device()) as ranks:
         return run_node(call, ranks)
 
 
-def run_node(call: NodeCall, ranks: Ranks | None = None) -> NodeResult:
+@contextmanager
+def _joined(member: Membership, sharding: str, device: torch.device) -> Iterator[Ranks]:
+    """Give this process's place among those that train together."""
+    if sharding == "zero":
+        from prefixquant.cluster.deepspeed_ranks import join
+
+        with join(member, device) as zero:
+            yield zero
+        return
+    from prefixquant.cluster.process_group import process_group
+    from prefixquant.tasks.sharded_steps import ShardedRanks
+
+    with process_group(member, device):
+        rows = ShardedRanks()
+        yield rows
+        rows.close()
+
+
+def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | str | None = None) -> NodeResult:
     """Run the task, publish its artifact and then its byproducts, and return what it cost.
 
-    `ranks`: the processes that run it together; None: it is this one.
+    `ranks`: the processes that run it together; None: it is this one. `device`: where; None: the GPU that Ray has
+    assigned, or the CPU.
 
     Raises what the task raises, ArtifactMissing or ArtifactCorrupted for an input, StoreUnwritable.
     """
     _freeze_imports()
-    device = _device(call)
+    device = _device() if device is None else torch.device(device)
     torch.set_num_threads(call.cpus)
     _reset_peaks(device)
     try:
@@ -236,9 +262,7 @@ def _sender(call: NodeCall, ranks: Ranks) -> Callable[[dict[str, Any]], None]:
     return send
 
 
-def _device(call: NodeCall) -> torch.device:
-    if call.device is not None:
-        return torch.device(call.device)
+def _device() -> torch.device:
     # Ray leaves all GPUs visible to a task that was given none, so torch.cuda.is_available() alone says nothing.
     return torch.device("cuda", 0) if assigned_gpus() and torch.cuda.is_available() else torch.device("cpu")
 

@@ -77,17 +77,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--eager", action="store_true", help="without a CUDA graph")
     parser.add_argument("--compile", action="store_true", help="torch.compile the block")
-    parser.add_argument("--profile", action="store_true", help="print the kernels that take longest")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N kernels that take longest")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU in bf16, dense")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = SHAPES[args.shape]
     block, prefix, groups = build(shape, device)
-    if args.compile:
-        block.compile()
     generator = torch.Generator(device).manual_seed(1)
-    batch = [torch.randn(args.batch_size, args.length, shape.hidden, generator=generator, device=device) for _ in "xy"]
-    module = BlockLoss(block, prefix, mse)
+    size = args.batch_size, args.length, shape.hidden
+    # In bfloat16, as streams of a bfloat16 model are kept.
+    batch = [torch.randn(size, generator=generator, device=device).bfloat16() for _ in "xy"]
+    module = BlockLoss(block, prefix, mse, compiled=args.compile)
     stepper = SingleRank(cuda_graph=not args.eager).stepper(module, groups, gradient_clip=0.3, precision="bf16")
     stepper.set_learning_rates([1e-5] * len(groups))
     losses = [float(stepper.step(*batch)[0]) for _ in range(3)]
@@ -107,7 +107,8 @@ def main() -> None:
         with torch.profiler.profile() as profile:
             stepper.step(*batch)
             synchronize()
-        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=70))
+        averages = profile.key_averages()
+        print(averages.table(sort_by="self_device_time_total", row_limit=args.profile, max_name_column_width=90))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
     parameters = sum(each.numel() for group in groups for each in group.parameters)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class ParameterGroup:
     """Parameters that share a learning rate."""
 
-    parameters: list[nn.Parameter]
+    parameters: Sequence[Tensor]
     weight_decay: float = 0.0
 
 

@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from prefixquant.kernels.adamw import total_norm
+from prefixquant.tasks.adamw import AdamW
 from prefixquant.tasks.errors import CheckpointError, ConfigError
 from prefixquant.tasks.parallel import ParameterGroup
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _WARM_UP_STEPS = 3
 
 
@@ -46,48 +47,32 @@ class SingleRank:
         return nullcontext()
 
 
-class SingleStepper:
-    """Forward, backward, clipping and update. Made by `SingleRank.stepper`."""
+class AdamWStepper:
+    """AdamW steps on tensors whose gradients a subclass works out, on a GPU recorded as one CUDA graph."""
 
     def __init__(
         self,
-        module: nn.Module,
+        tensors: Mapping[str, Tensor],
         groups: Sequence[ParameterGroup],
         gradient_clip: float | None,
         precision: str,
+        *,
         cuda_graph: bool,
+        scaler: torch.amp.GradScaler | None,
     ) -> None:
-        self._names = {each: name for name, each in module.named_parameters() if each.requires_grad}
-        _check(self._names, groups, gradient_clip, precision)
-        self._module, self._gradient_clip, self._dtype = module, gradient_clip, _AUTOCAST[precision]
-        self._parameters = list(self._names)
-        self._device = self._parameters[0].device
-        on_gpu = self._device.type == "cuda"
-        self._graphed = cuda_graph and on_gpu and precision != "fp16"  # the loss scale is for the host to decide
-        self._scaler = torch.amp.GradScaler(self._device.type) if precision == "fp16" else None
-        self._fused = on_gpu and precision != "fp16"  # whose scaler uses the same place
-        self._rates = torch.zeros(len(groups), device=self._device)
-        self._optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": group.parameters,
-                    "weight_decay": group.weight_decay,
-                    "lr": self._rates[index] if on_gpu else 0.0,  # on the device, where a graph reads it
-                }
-                for index, group in enumerate(groups)
-            ],
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            fused=on_gpu,
-            capturable=self._graphed,
-        )
-        for each in self._parameters:
-            step = torch.zeros((), device=self._device if on_gpu else "cpu")
-            moments = {name: torch.zeros_like(each, requires_grad=False) for name in _MOMENTS}
-            self._optimizer.state[each] = {"step": step} | moments
+        """Prepare steps on leaf tensors by name, in groups; `scaler` for fp16 alone."""
+        self._tensors = dict(tensors)
+        self._gradient_clip, self._dtype, self._scaler = gradient_clip, _AUTOCAST[precision], scaler
+        self._device = next(iter(self._tensors.values())).device
+        # The loss scale of fp16 is for the host to decide.
+        self._graphed = cuda_graph and self._device.type == "cuda" and precision != "fp16"
+        if scaler is None:
+            for each in self._tensors.values():  # a gradient may keep the type of the product that made it
+                each.grad_dtype = None
+        self._optimizer = AdamW(groups, self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: tuple[Tensor, ...] = ()
-        self._result: tuple[Tensor, Tensor] = (self._rates, self._rates)
+        self._result: tuple[Tensor, Tensor] = (self._optimizer.count, self._optimizer.count)
 
     def step(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step.
@@ -118,24 +103,22 @@ class SingleStepper:
 
     def _gradients(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Put the clipped gradient of a batch in place; return the loss and the norm before clipping."""
-        self._optimizer.zero_grad(set_to_none=True)  # the backward then writes the gradients instead of adding to zeros
-        with torch.autocast(self._device.type, dtype=self._dtype or torch.bfloat16, enabled=self._dtype is not None):
-            loss: Tensor = self._module(*batch)
-        if self._scaler is None:
-            loss.backward()
-        else:
-            self._scaler.scale(loss).backward()
-            self._scaler.unscale_(self._optimizer)
-        for each in self._parameters:
-            if each.grad is None:  # no part in the loss
+        raise NotImplementedError
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, dtype=self._dtype or torch.bfloat16, enabled=self._dtype is not None)
+
+    def _fill(self) -> list[Tensor]:
+        """Return all gradients, zero where a tensor had no part in the loss."""
+        for each in self._tensors.values():
+            if each.grad is None:
                 each.grad = torch.zeros_like(each, requires_grad=False)
-        norm = nn.utils.get_total_norm([each.grad for each in self._parameters if each.grad is not None])
-        if self._gradient_clip is not None and self._fused:
-            # The fused update divides by it as it reads the gradient, which saves a pass over all of them.
-            self._optimizer.grad_scale = (norm / self._gradient_clip).clamp_min(1.0)  # type: ignore[attr-defined]
-        elif self._gradient_clip is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, self._gradient_clip, norm)
-        return loss.detach().float(), norm
+        return [each.grad for each in self._tensors.values() if each.grad is not None]
+
+    def _clip(self, norm: Tensor) -> None:
+        """Have the update take gradients of this norm clipped: it divides as it reads them, which saves a pass."""
+        if self._gradient_clip is not None:
+            self._optimizer.divisor = ((norm + 1e-6) / self._gradient_clip).clamp_min(1.0)
 
     def _record(self, batch: Sequence[Tensor]) -> None:
         """Record a step as a CUDA graph, without taking one: warming up stops short of the update."""
@@ -145,20 +128,17 @@ class SingleStepper:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_STEPS):
                 self._gradients(*self._batch)
-            _load_update_kernels(self._device)
+            self._optimizer.rehearse()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads watch NCCL, or pin memory
             self._result = self._eager_step(*self._batch)
         self._graph = graph
 
     def set_learning_rates(self, rates: Sequence[float]) -> None:
         """Set the learning rate of each parameter group, for the steps that follow."""
-        if self._device.type == "cuda":
-            self._rates.copy_(torch.tensor(rates, dtype=torch.float32, pin_memory=True), non_blocking=True)
-            return
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        given = torch.tensor(rates, dtype=torch.float32, pin_memory=self._device.type == "cuda")
+        self._optimizer.rates.copy_(given, non_blocking=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the whole optimizer state, on the CPU.
@@ -166,39 +146,85 @@ class SingleStepper:
         `NAME.exp_avg` and `NAME.exp_avg_sq` in float32 by the parameter's name in the module, and `step`. The loss
         scale of fp16 is no part of it.
         """
-        state = {"step": self._optimizer.state[self._parameters[0]]["step"].detach().cpu().clone()}
-        for each, name in self._names.items():
-            for moment in _MOMENTS:
-                state[f"{name}.{moment}"] = self._optimizer.state[each][moment].detach().cpu().clone()
-        return state
+        whole = {f"{name}.{moment}": self._whole_of(name, own) for name, moment, own in self._moments()}
+        return {"step": self._optimizer.count.cpu().clone()} | whole
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned, perhaps on several ranks."""
-        wanted = {"step"} | {f"{name}.{moment}" for name in self._names.values() for moment in _MOMENTS}
+        """Restore what `state_dict` returned, perhaps on another number of ranks."""
+        moments = self._moments()
+        wanted = {"step"} | {f"{name}.{moment}" for name, moment, _ in moments}
         if wanted != state.keys():
             names = ", ".join(sorted(wanted ^ state.keys())[:4])
             raise CheckpointError(f"this optimizer state belongs to another module: {names} differ")
-        for each, name in self._names.items():
-            own = self._optimizer.state[each]
-            own["step"].copy_(state["step"])
-            for moment in _MOMENTS:
-                own[moment].copy_(state[f"{name}.{moment}"])
+        self._optimizer.count.copy_(state["step"])
+        for name, moment, own in moments:
+            own.copy_(self._part_of(name, state[f"{name}.{moment}"]))
+
+    def _moments(self) -> list[tuple[str, str, Tensor]]:
+        """Return the optimizer's moments with the name of their tensor and their own."""
+        optimizer, names = self._optimizer, {each: name for name, each in self._tensors.items()}
+        found = []
+        for each, first, second in zip(
+            optimizer.parameters, optimizer.first_moments, optimizer.second_moments, strict=True
+        ):
+            found += [(names[each], "exp_avg", first), (names[each], "exp_avg_sq", second)]
+        return found
+
+    def _whole_of(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a copy on the CPU of what the ranks together hold of a tensor's moment."""
+        return tensor.detach().cpu().clone()
+
+    def _part_of(self, name: str, tensor: Tensor) -> Tensor:
+        """Return this rank's part of a tensor's moment."""
+        return tensor
 
 
-def _load_update_kernels(device: torch.device) -> None:
-    """Have AdamW's kernels loaded, which must not happen while a graph is recorded, on a parameter of no one."""
-    parameter = nn.Parameter(torch.zeros(1, device=device))
-    parameter.grad = torch.zeros_like(parameter, requires_grad=False)
-    torch.optim.AdamW([parameter], lr=torch.zeros((), device=device), fused=True, capturable=True).step()
+class SingleStepper(AdamWStepper):
+    """Forward, backward, clipping and update. Made by `SingleRank.stepper`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        gradient_clip: float | None,
+        precision: str,
+        cuda_graph: bool,
+    ) -> None:
+        names = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        check_groups(names, groups, gradient_clip, precision)
+        self._module = module
+        device = next(iter(names.values())).device
+        super().__init__(
+            names,
+            groups,
+            gradient_clip,
+            precision,
+            cuda_graph=cuda_graph,
+            scaler=torch.amp.GradScaler(device.type) if precision == "fp16" else None,
+        )
+
+    def _gradients(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        self._optimizer.zero_grad(set_to_none=True)  # the backward then writes the gradients instead of adding to zeros
+        with self._autocast():
+            loss: Tensor = self._module(*batch)
+        if self._scaler is None:
+            loss.backward()
+        else:
+            self._scaler.scale(loss).backward()
+            self._scaler.unscale_(self._optimizer)
+        norm = total_norm(self._fill())
+        self._clip(norm)
+        return loss.detach().float(), norm
 
 
-def _check(
-    names: Mapping[nn.Parameter, str], groups: Sequence[ParameterGroup], gradient_clip: float | None, precision: str
+def check_groups(
+    names: Mapping[str, Tensor], groups: Sequence[ParameterGroup], gradient_clip: float | None, precision: str
 ) -> None:
+    """Raise ConfigError for a precision or clipping norm that cannot be."""
     if precision not in _AUTOCAST:
         raise ConfigError(f"train.precision must be one of {', '.join(_AUTOCAST)}, got {precision!r}")
     if gradient_clip is not None and gradient_clip <= 0:
         raise ConfigError(f"train.gradient_clip must be above 0, or null for no clipping, got {gradient_clip}")
     grouped = [id(each) for group in groups for each in group.parameters]
-    assert sorted(grouped) == sorted(id(each) for each in names), "groups must hold each trained parameter once"
-    assert all(each.dtype == torch.float32 for each in names), "trained parameters are float32"
+    assert sorted(grouped) == sorted(id(each) for each in names.values()), "groups hold each trained parameter once"
+    assert all(each.dtype == torch.float32 for each in names.values()), "trained parameters are float32"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from prefixquant.tasks.errors import NumericalError
+from prefixquant.tasks.errors import ConfigError, NumericalError
 from prefixquant.tasks.model.block import Block, Prefix
 from prefixquant.tasks.model.trainable import Trainable
 from prefixquant.tasks.parallel import ParameterGroup, Ranks, Stepper
@@ -26,6 +26,8 @@ FORWARD_TOKENS = 16384
 EXPLOSION = 10.0
 """An epoch whose mean training loss is so many times the loss before training has exploded."""
 
+COMPILED_WIDTH = 2048
+"""Hidden size from which torch.compile is the default."""
 
 POSITIVE = ("scale", "clip_ratio")
 """How the names of parameters end that mean nothing at or below zero."""
@@ -126,15 +128,25 @@ class BlockLoss(nn.Module):
         prefix: Prefix | None,
         loss: Callable[[Tensor, Tensor], Tensor],
         following: Sequence[Callable[[Tensor], Tensor]] = (),
+        *,
+        compiled: bool = False,
     ) -> None:
+        """With `compiled`, forwards that record gradients go through torch.compile, with one graph for all blocks."""
         super().__init__()
         self.block = block
         self.prefix = prefix
         self.loss = loss
         self.following = tuple(following)  # a plain tuple: what is frozen is no parameter of this module
+        # Validation, in other batches, stays as it is: it would be compiled again.
+        self._trained = torch.compile(self._loss, dynamic=False) if compiled else self._loss
 
     def forward(self, input_BTD: Tensor, *targets_BTD: Tensor) -> Tensor:
         """Return the loss, averaged over the targets: a float32 scalar."""
+        function = self._trained if torch.is_grad_enabled() else self._loss
+        with self.block.weights_on_grid():
+            return function(input_BTD, *targets_BTD)
+
+    def _loss(self, input_BTD: Tensor, *targets_BTD: Tensor) -> Tensor:
         output = self.block(input_BTD.float(), self.prefix)
         for function in self.following:
             output = function(output)
@@ -170,6 +182,7 @@ def train_block(
     loss: Callable[[Tensor, Tensor], Tensor],
     following: Sequence[Callable[[Tensor], Tensor]] = (),
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_divergence: Callable[[int, str], None] = lambda block, where: None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainResult:
     """Train a block in place and return how it went; it is left with the parameters of the best epoch.
@@ -189,15 +202,18 @@ def train_block(
         loss: distance between the output and a target.
         following: what the output passes, unchanged by training, before it meets the target.
         on_epoch: called after each epoch.
+        on_divergence: called with block and place when an attempt has diverged and another one begins.
         checkpoints: where the state goes after an epoch, and where an earlier worker left it.
 
     Raises:
+        ConfigError: `config.compile` is `always` and there are several ranks.
         NumericalError: the second attempt diverged as well; names block, epoch and step.
     """
+    compiled = _compiles(config, ranks, train.inputs)
     start = {each.name: each.parameter.detach().cpu().clone() for each in trainables}
     factor, divergence = 1.0, ""
     while True:
-        module = BlockLoss(block, prefix, loss, following)
+        module = BlockLoss(block, prefix, loss, following, compiled=compiled)
         run = _Training(module, trainables, train, validation, config, ranks, seed, factor, on_epoch)
         try:
             return run.run(checkpoints or NoCheckpoints(), divergence)
@@ -208,8 +224,18 @@ def train_block(
                     f"({run.progress.divergence}); lower train.scale_learning_rate and train.weight_learning_rate"
                 ) from None
             factor, divergence = 0.5, str(err)
+            on_divergence(block.index, divergence)
             with ranks.whole(run.module):
                 _write(trainables, start)
+
+
+def _compiles(config: TrainConfig, ranks: Ranks, inputs: Stream) -> bool:
+    """Return whether the training steps go through torch.compile."""
+    if config.compile == "always" and ranks.size > 1:
+        raise ConfigError(f"train.compile=always goes with one rank a block, got {ranks.size}; set it to auto or never")
+    if config.compile != "auto":
+        return config.compile == "always"
+    return inputs.device.type == "cuda" and ranks.size == 1 and inputs.data.shape[-1] >= COMPILED_WIDTH
 
 
 class _Training:
@@ -345,7 +371,9 @@ class _Training:
                 f"(largest at step {worst} of {self.steps})"
             )
         with self.ranks.whole(self.module):
-            lowest = {each.name: float(each.parameter.min()) for each in self.trained if each.name.endswith(POSITIVE)}
+            lowest = {
+                each.name: float(each.parameter.detach().min()) for each in self.trained if each.name.endswith(POSITIVE)
+            }
         for name, low in lowest.items():
             if low <= 0:
                 raise _Diverged(f"epoch {epoch}: {name} fell to {low:.4g}")

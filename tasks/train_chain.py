@@ -119,6 +119,7 @@ def train_chain(
     seed: int,
     gptq: GptqConfig | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_divergence: Callable[[int, str], None] = lambda block, where: None,
 ) -> list[dict[str, Any]]:
     """Train the blocks first..stop-1 one after the other and return their records.
 
@@ -139,6 +140,7 @@ def train_chain(
         gptq: whether training starts from the weights that GPTQ has rounded in the search, or its result is rounded by
             GPTQ; None: it starts from the original weights and rounds to nearest.
         on_epoch: called after every epoch of a block.
+        on_divergence: called with block and place when a block's training has diverged and begins anew.
 
     Raises:
         ConfigError: the ranks cannot share a batch equally.
@@ -173,7 +175,7 @@ def train_chain(
             if config.target != "fp_input":
                 streams.make_second_target([original, *(originals[each] for each in range(index + 1, last + 1))], index)
             done, record = _train_one(
-                chain, store, index, streams, config, ranks, seed, loss, following, on_epoch, gptq
+                chain, store, index, streams, config, ranks, seed, loss, following, on_epoch, on_divergence, gptq
             )
             if ranks.rank == 0:
                 store.publish(index, done, record)
@@ -201,6 +203,7 @@ def _train_one(
     loss: Callable[[Tensor, Tensor], Tensor],
     following: list[Callable[[Tensor], Tensor]],
     on_epoch: Callable[[Epoch], None],
+    on_divergence: Callable[[int, str], None],
     gptq: GptqConfig | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if chain.device.type == "cuda":
@@ -228,6 +231,7 @@ def _train_one(
         loss=loss,
         following=following,
         on_epoch=on_epoch,
+        on_divergence=on_divergence,
         checkpoints=store.checkpoints(index),
     )
     record = result.record()

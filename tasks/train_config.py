@@ -68,11 +68,19 @@ class TrainConfig:
     polish: bool = False
     """With segments: train once more in one run over all blocks, starting from what the segments found."""
 
+    sharding: Literal["rows", "zero"] = field(default="rows", metadata={"in_key": False})
+    """How several ranks divide a block. rows: each owns rows of every weight, and quantized rows travel. zero:
+    DeepSpeed ZeRO of a stage chosen by the block's size. It changes speed and memory alone."""
+
     offload_to_disk: bool = field(default=False, metadata={"in_key": False})
     """Keep the streams on local disk instead of in host memory."""
 
     checkpoint_seconds: float = field(default=60.0, metadata={"in_key": False})
     """Seconds after which the state of an unfinished block is stored at the end of an epoch."""
+
+    compile: Literal["auto", "always", "never"] = field(default="auto", metadata={"in_key": False})
+    """Whether steps go through torch.compile, on one process a block. Auto: on a GPU, for blocks wide enough to repay
+    the minute that it takes once. Like the kind of device, it changes how values in between are rounded."""
 
     def __post_init__(self) -> None:
         counts = {

@@ -20,10 +20,12 @@ from prefixquant.tasks.model.sites import OnlineTransforms
 
 
 class Exported:
-    """A run's folder, and the same run's artifacts."""
+    """A run's folder, and the same run's artifacts. Settings are groups of a recipe, the model's dtype as
+    `model.dtype`, and values of the tiny model's config as `config.NAME`."""
 
     def __init__(self, folder: Path, variant: str, settings: dict[str, Any]) -> None:
-        model = tiny.tiny_variant(variant)
+        config = {name.removeprefix("config."): value for name, value in settings.items() if name.startswith("config.")}
+        model = tiny.tiny_variant(variant, **config)
         model.save_pretrained(folder / "model")
         tiny.tiny_tokenizer().save_pretrained(folder / "model")
         groups = {key: value for key, value in settings.items() if "." not in key}

@@ -76,10 +76,10 @@ def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def tiny_variant(name: str, *, blocks: int = 2, seed: int = 0) -> PreTrainedModel:
-    """Return the model of one of `VARIANTS`."""
+def tiny_variant(name: str, *, blocks: int = 2, seed: int = 0, **more: object) -> PreTrainedModel:
+    """Return the model of one of `VARIANTS`; `more` goes into its config."""
     model_type, settings = VARIANTS[name]
-    return tiny_model(tiny_config(model_type, blocks=blocks, **settings), seed)
+    return tiny_model(tiny_config(model_type, blocks=blocks, **settings, **more), seed)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -13,7 +13,7 @@ from prefixquant.kernels.errors import KernelInputError
 
 from .reference import backward_reference, forward_reference
 
-__all__ = ["fake_quantize"]
+__all__ = ["fake_quantize", "fake_quantize_gradients"]
 
 
 def fake_quantize(
@@ -43,8 +43,16 @@ def fake_quantize(
         KernelInputError: types, shapes, devices or code range do not fit.
     """
     _check(x, scale, zero_point, low, high, dtype)
-    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, low, high, dtype or x.dtype)
-    return result
+    if torch.compiler.is_compiling() and dtype not in (None, x.dtype) and scale.ndim == 0:
+        traced: Tensor = _Traced.apply(x, scale, zero_point, low, high, dtype)
+        return traced
+    return _fake_quantize(x, scale, zero_point, low, high, dtype or x.dtype)
+
+
+def fake_quantize_gradients(grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients for x and scale of `fake_quantize(x, scale, None, low, high)`."""
+    dx, dscale, _ = _fake_quantize_backward(grad, x, scale, None, low, high, True, True, x.dtype)
+    return dx, dscale
 
 
 def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype | None) -> None:
@@ -70,49 +78,116 @@ def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: 
         raise KernelInputError(f"fake_quantize needs one device, got {', '.join(sorted(map(str, devices)))}")
 
 
-class _FakeQuantize(torch.autograd.Function):
+@torch.library.custom_op("prefixquant::fake_quantize", mutates_args=())
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype
+) -> Tensor:
+    if not _uses_triton(x):
+        return forward_reference(x, scale, zero_point, low, high, dtype).contiguous()
+    from .kernel import forward_triton
+
+    rows, scales, zeros = _rows(x, scale, zero_point)
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        return forward_triton(rows, scales, zeros, low, high, dtype).view(x.shape)
+
+
+@_fake_quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("prefixquant::fake_quantize_backward", mutates_args=())
+def _fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    low: int,
+    high: int,
+    needs_x: bool,
+    needs_grid: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients for x (in `dtype`), scale and zero point, each empty where it is not needed."""
+    dx: Tensor | None
+    dscale: Tensor | None
+    dzero: Tensor | None
+    if not _uses_triton(x):
+        dx, dscale, dzero = backward_reference(grad, x, scale, zero_point, low, high, dtype)
+    else:
+        from .kernel import backward_triton
+
+        rows, scales, zeros = _rows(x, scale, zero_point)
+        with torch.cuda.device(x.device):
+            dx, dscale, dzero = backward_triton(
+                grad.contiguous().view(rows.shape), rows, scales, zeros, low, high,
+                needs_x=needs_x, needs_grid=needs_grid, dtype=dtype,
+            )  # fmt: skip
+        dx = None if dx is None else dx.view(x.shape)
+        dscale, dzero = (_folded(each, x, scale) for each in (dscale, dzero))
+    return (
+        x.new_empty(0, dtype=dtype) if dx is None or not needs_x else dx.contiguous(),
+        scale.new_empty(0) if dscale is None or not needs_grid else dscale.contiguous(),
+        scale.new_empty(0) if dzero is None or not needs_grid or zero_point is None else dzero.contiguous(),
+    )
+
+
+@_fake_quantize_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    low: int,
+    high: int,
+    needs_x: bool,
+    needs_grid: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if needs_x else (0,), dtype=dtype),
+        scale.new_empty(scale.shape if needs_grid else (0,)),
+        scale.new_empty(scale.shape if needs_grid and zero_point is not None else (0,)),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, zero_point, ctx.low, ctx.high, _ = inputs
+    ctx.save_for_backward(x, scale, zero_point)
+    ctx.keeps_dtype = x.is_leaf and x.grad_dtype is None
+
+
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, zero_point = ctx.saved_tensors
+    needs_x, needs_scale, needs_zero = ctx.needs_input_grad[:3]
+    dx, dscale, dzero = _fake_quantize_backward(
+        grad, x, scale, zero_point, ctx.low, ctx.high, needs_x, needs_scale or needs_zero,
+        grad.dtype if ctx.keeps_dtype else x.dtype,
+    )  # fmt: skip
+    return dx if needs_x else None, dscale if needs_scale else None, dzero if needs_zero else None, None, None, None
+
+
+_fake_quantize.register_autograd(_backward, setup_context=_save)
+
+
+class _Traced(torch.autograd.Function):
+    """The references, for torch.compile to merge with what makes x.
+
+    A float32 x under autocast comes from a norm, and an operator of its own would have it written and read once more.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: Any) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.low, ctx.high = low, high
-        if not _uses_triton(x):
-            return forward_reference(x, scale, zero_point, low, high, dtype)
-        from .kernel import forward_triton
-
-        rows, scales, zeros = _rows(x, scale, zero_point)
-        with torch.cuda.device(x.device):  # Triton launches on the current device
-            return forward_triton(rows, scales, zeros, low, high, dtype).view(x.shape)
+        return forward_reference(x, scale, zero_point, low, high, dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
         x, scale, zero_point = ctx.saved_tensors
-        needs_x, needs_scale, needs_zero = ctx.needs_input_grad[:3]
-        dx: Tensor | None
-        dscale: Tensor | None
-        dzero: Tensor | None
-        if not _uses_triton(x):
-            dx, dscale, dzero = backward_reference(grad, x, scale, zero_point, ctx.low, ctx.high)
-        else:
-            from .kernel import backward_triton
-
-            rows, scales, zeros = _rows(x, scale, zero_point)
-            with torch.cuda.device(x.device):
-                dx, dscale, dzero = backward_triton(
-                    grad.contiguous().view(rows.shape), rows, scales, zeros, ctx.low, ctx.high,
-                    needs_x=needs_x, needs_grid=needs_scale or needs_zero,
-                )  # fmt: skip
-            dx = None if dx is None else dx.view(x.shape)
-            dscale, dzero = (_folded(each, x, scale) for each in (dscale, dzero))
-        return (
-            dx if needs_x else None,
-            dscale if needs_scale else None,
-            dzero if needs_zero else None,
-            None,
-            None,
-            None,
-        )
+        dx, dscale, dzero = backward_reference(grads[0], x, scale, zero_point, ctx.low, ctx.high)
+        return dx, dscale, None if zero_point is None else dzero, None, None, None
 
 
 def _span(x: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]:

@@ -24,7 +24,8 @@ def _round(x):
 
 
 @triton.jit
-def _row_codes(b_x, b_s, b_z, LOW: tl.constexpr, HIGH: tl.constexpr):
+def row_codes(b_x, b_s, b_z, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Return x / scale, the codes minus the zero point, and where the code was within range."""
     ratio = tl.div_rn(b_x, b_s)  # the default division is off by up to two units in the last place
     raw = _round(ratio) + b_z
     # Two choices instead of minimum and maximum, which would make a NaN a code.
@@ -63,7 +64,7 @@ def _forward_kernel(
 ):
     offsets, m, b_s, b_z, _, _ = _tile(scale, zero, R, C, NUM, CHUNKS, ZERO, BR, BC)
     b_x = tl.load(x + offsets, mask=m, other=0.0).to(tl.float32)
-    _, centred, _ = _row_codes(b_x, b_s, b_z, LOW, HIGH)
+    _, centred, _ = row_codes(b_x, b_s, b_z, LOW, HIGH)
     tl.store(y + offsets, (centred * b_s).to(y.dtype.element_ty), mask=m)
 
 
@@ -91,7 +92,7 @@ def _backward_kernel(
     offsets, m, b_s, b_z, o_partial, m_r = _tile(scale, zero, R, C, NUM, CHUNKS, ZERO, BR, BC)
     b_x = tl.load(x + offsets, mask=m, other=0.0).to(tl.float32)
     b_g = tl.load(grad + offsets, mask=m, other=0.0).to(tl.float32)
-    ratio, centred, inside = _row_codes(b_x, b_s, b_z, LOW, HIGH)
+    ratio, centred, inside = row_codes(b_x, b_s, b_z, LOW, HIGH)
     if DX:
         tl.store(dx + offsets, tl.where(inside, b_g, 0.0).to(dx.dtype.element_ty), mask=m)
     if DS:  # one partial sum a row and chunk; those of the same scale are added outside, in a fixed order
@@ -131,15 +132,16 @@ def backward_triton(
     *,
     needs_x: bool,
     needs_grid: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients for x [R, C], scale and zero point [NUM] float32, each where it is needed.
+    """Return the gradients for x [R, C] (in `dtype` or else x's), scale and zero point [NUM] float32, where needed.
 
     As `forward_triton`; grad contiguous too.
     """
     rows, columns = x_RC.shape
     chunks, block_rows, block_columns = _tiling(rows, columns)
     with_zero = needs_grid and zero_point is not None
-    dx = torch.empty_like(x_RC) if needs_x else None
+    dx = torch.empty_like(x_RC, dtype=dtype) if needs_x else None
     dscale = torch.empty((rows, chunks), dtype=torch.float32, device=x_RC.device) if needs_grid else None
     dzero = torch.empty((rows, chunks), dtype=torch.float32, device=x_RC.device) if with_zero else None
     unused = scale
@@ -154,4 +156,6 @@ def backward_triton(
 
 def _by_scale(partial: Tensor | None, scale: Tensor) -> Tensor | None:
     """Return the partial sums [R, CHUNKS] added up for each scale."""
-    return None if partial is None else partial.view(-1, scale.numel(), partial.shape[1]).sum((0, 2))
+    if partial is None or partial.numel() == scale.numel():
+        return None if partial is None else partial.view(-1)
+    return partial.view(-1, scale.numel(), partial.shape[1]).sum((0, 2))

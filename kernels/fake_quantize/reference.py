@@ -25,12 +25,19 @@ def forward_reference(
 
 
 def backward_reference(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    low: int,
+    high: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients for x, scale and zero point (the last whether or not there is one)."""
+    """Return the gradients for x (in `dtype` or else x's), scale and zero point (whether or not there is one)."""
     ratio, centred, inside = _codes(x, scale, zero_point, low, high)
     grad = grad.to(ratio.dtype)
     dx = torch.where(inside, grad, 0)
-    dscale = (grad * (centred - torch.where(inside, ratio, 0))).sum_to_size(scale.shape)
-    dzero = torch.where(inside, 0, -grad * scale.to(ratio.dtype)).sum_to_size(scale.shape)
-    return dx.to(x.dtype), dscale.to(scale.dtype), dzero.to(scale.dtype)
+    # Rows first: a compiled norm in front then makes these sums in the same pass as its own.
+    dscale = (grad * (centred - torch.where(inside, ratio, 0))).sum(-1, keepdim=True).sum_to_size(scale.shape)
+    dzero = torch.where(inside, 0, -grad * scale.to(ratio.dtype)).sum(-1, keepdim=True).sum_to_size(scale.shape)
+    return dx.to(dtype or x.dtype), dscale.to(scale.dtype), dzero.to(scale.dtype)

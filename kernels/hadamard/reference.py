@@ -81,29 +81,46 @@ def hadamard_axes(n: int) -> tuple[tuple[int, ...], ...]:
 
 
 @lru_cache(maxsize=64)
-def hadamard_matrix(factors: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the orthonormal Hadamard matrix that is the Kronecker product of those of known orders."""
+def hadamard_matrix(
+    factors: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, transposed: bool = False
+) -> Tensor:
+    """Return the orthonormal Hadamard matrix that is the Kronecker product of those of known orders, contiguous."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     with safe_open(known.REPO_PATH, framework="pt") as file:
         for order in factors:
             matrix = torch.kron(matrix, file.get_tensor(str(order)).to(torch.float64) / math.sqrt(order))
-    return matrix.to(dtype=dtype, device=device)
+    return (matrix.T if transposed else matrix).to(dtype=dtype, device=device).contiguous()
 
 
-def hadamard_transform_reference(x: Tensor) -> Tensor:
-    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size; same shape and dtype as x."""
+def hadamard_transform_reference(x: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size, or x @ H^T; same shape and dtype."""
     shape = x.shape
     *first, last = hadamard_axes(shape[-1])
-    y = x.reshape(-1, math.prod(last)) @ hadamard_matrix(last, x.dtype, x.device)
+    matrix = hadamard_matrix(last, x.dtype, x.device)
+    y = x.reshape(-1, math.prod(last)) @ (matrix.T if transposed else matrix)
     for factors in first:  # y[..., i, rest] -> sum_i matrix[i, j] y[..., i, rest]
         order = math.prod(factors)
-        y = hadamard_matrix(factors, x.dtype, x.device).T @ y.reshape(-1, order, shape[-1] // order)
+        y = y.reshape(-1, order, shape[-1] // order)
+        matrix = hadamard_matrix(factors, x.dtype, x.device)
+        left = matrix if transposed else matrix.T
+        # matmul would transpose y twice in memory to make one product of it, which on a GPU costs more than it brings
+        y = torch.bmm(left.expand(len(y), order, order), y) if y.is_cuda else left @ y
     return y.reshape(shape)
 
 
 def hadamard_quantize_reference(
-    x: Tensor, up: Tensor | None, scale: Tensor | None, clip_ratio: Tensor | None, bits: int, layout: str
+    x: Tensor,
+    up: Tensor | None,
+    scale: Tensor | None,
+    clip_ratio: Tensor | None,
+    channel_scale: Tensor | None,
+    bits: int,
+    layout: str,
 ) -> tuple[Tensor, Tensor]:
     """Return codes and scale as `hadamard_quantize` does."""
+    if channel_scale is not None:
+        n = x.shape[-1]
+        x = (x.float() * channel_scale[:n]).to(x.dtype)
+        up = None if up is None else (up.float() * channel_scale[n:]).to(up.dtype)
     transformed = hadamard_transform_reference(x if up is None else F.silu(x) * up)
     return quantize_reference(transformed, scale, clip_ratio, None, 0.0, bits, layout)

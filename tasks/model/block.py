@@ -113,6 +113,21 @@ class Block(nn.Module):
             for name, site in self.sites.items():
                 site.enabled = before[name]
 
+    @contextmanager
+    def weights_on_grid(self) -> Iterator[None]:
+        """Within the context, the forward uses weights that were quantized once, on entering it.
+
+        Outside of what torch.compile sees, so that the gradient of a weight stays as the product made it.
+        """
+        linears = [each for role in self.family.linears if (each := self.linear(role)).shard is None]
+        try:
+            for each in linears:
+                each.weight_on_grid = None if each.weight_quantizer is None else each.weight_quantizer(each.weight)
+            yield
+        finally:
+            for each in linears:
+                each.weight_on_grid = None
+
     def forward(self, hidden_BTD: Tensor, prefix: Prefix | None) -> Tensor:
         """Return the block's output [B, T, D]; real tokens take the positions after the prefix.
 

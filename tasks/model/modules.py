@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
@@ -9,8 +10,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from prefixquant.kernels.hadamard import hadamard_transform
+from prefixquant.kernels.hadamard import hadamard_fake_quantize, hadamard_transform
 from prefixquant.tasks.model.quantizer import SiteQuantizer
+from prefixquant.tasks.model.sharded_product import sharded_product
 
 ATTENTION = "prefixquant"
 """Name of our attention function in transformers' registry."""
@@ -27,6 +29,15 @@ class Site(nn.Module):
         self.quantizer = quantizer
         self.enabled = True
         self.observer: Any = None
+
+    @property
+    def is_static_tensor(self) -> bool:
+        """Whether all it does is to quantize on one fixed symmetric grid, as the transform before it can as well."""
+        quantizer = self.quantizer
+        if quantizer is None or self.observer is not None or not self.enabled:
+            return False
+        spec = quantizer.spec
+        return spec.mode == "static" and spec.symmetric and quantizer.parameter_shape() == ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x, on its quantization grid if there is a quantizer and it is enabled."""
@@ -64,16 +75,28 @@ class SiteLinear(nn.Module):
         self.hadamard = hadamard
         self.weight_quantizer: nn.Module | None = None
         """Takes the weight to its grid in every forward while the block is trained; None: the weight is used as is."""
+        self.weight_on_grid: Tensor | None = None
+        """What it returned, if that was computed ahead of the forward (`Block.weights_on_grid`)."""
+        self.shard: tuple[int, Tensor] | None = None
+        """Number under which several processes hold the weight together, and the token (`sharded_product`)."""
 
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
         if self.hadamard:
+            if self.site is not None and self.site.is_static_tensor:
+                quantizer: Any = self.site.quantizer
+                return hadamard_fake_quantize(x_BTD, quantizer.scale, *quantizer.code_range)
             x_BTD = hadamard_transform(x_BTD)
         return x_BTD if self.site is None else self.site(x_BTD)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the product with the weight, [B, T, O]."""
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        if self.shard is not None:
+            number, token = self.shard
+            return sharded_product(self.prepare(x_BTD), self.bias, token, number, self.out_features)
+        weight = self.weight if self.weight_on_grid is None else self.weight_on_grid
+        if self.weight_on_grid is None and self.weight_quantizer is not None:
+            weight = self.weight_quantizer(self.weight)
         return F.linear(self.prepare(x_BTD), weight, self.bias)
 
 
@@ -108,14 +131,34 @@ def attention(
     if attention_mask is not None or num_queries in (1, num_keys):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast the prefix came in float32
+    output = _causal_lower_right(query, key, value, kwargs.get("scaling"))
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _causal_lower_right(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Return attention in which the last query sees every key, the one before it all but the last, and so on."""
+    if query.is_cuda and query.dtype != torch.float32 and query.shape[3] in range(8, 257, 8) and _has_flash():
+        # What sdpa with a lower-right bias calls, but grouped heads stay grouped and torch.compile sees no subclass.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, 0.0, True, return_debug_mask=False, scale=scale)[0]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bias: Any = causal_lower_right(num_queries, num_keys)
-    if query.device.type == "cpu":
-        bias = bias._materialize()  # what it does there itself, with a warning each time
-    output = F.scaled_dot_product_attention(query, key, value, bias, scale=kwargs.get("scaling"))
-    return output.transpose(1, 2).contiguous(), None
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    bias: Any
+    if query.is_cuda:
+        bias = causal_lower_right(num_queries, num_keys)
+    else:  # what it would make of it, with a warning each time
+        bias = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+    return F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _has_flash() -> bool:
+    cuda: Any = torch.backends.cuda
+    return (
+        torch.cuda.get_device_capability()[0] >= 8 and cuda.flash_sdp_enabled() and cuda.is_flash_attention_available()
+    )
 
 
 def causal_or_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -52,6 +52,12 @@ def fake_quantize(
     return fake_quantize_range(x, scale, None if symmetric else zero_point, low, high, dtype)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which a product reads x: its own or, of a float32 x under autocast, the autocast type."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if x.dtype == torch.float32 and torch.is_autocast_enabled(kind) else x.dtype
+
+
 class SiteQuantizer(nn.Module):
     """Fake-quantizes one site: activations [..., channels], keys or values [batch, heads, tokens, channels].
 
@@ -85,6 +91,11 @@ class SiteQuantizer(nn.Module):
             return (groups, 1) if self.spec.granularity == "group" else ()
         return (self.heads, 1, groups, 1) if self.spec.granularity == "group" else (self.heads, 1, 1)
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        return code_range(self.spec.bits, self.spec.symmetric)
+
     def grouped(self, x: Tensor) -> Tensor:
         """Return x with its last axis split into groups, if the granularity is `group`."""
         return x.unflatten(-1, (-1, self.spec.group_size)) if self.spec.group_size else x
@@ -111,7 +122,7 @@ class SiteQuantizer(nn.Module):
         self.zero_point = zero_point.to(self.scale.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x on its quantization grid, same shape and dtype."""
+        """Return x on its quantization grid, same shape, in the type in which a product reads it (`product_dtype`)."""
         y = self.grouped(x)
         if self.spec.mode == "static":
             scale, zero_point = self.scale, self.zero_point
@@ -120,7 +131,8 @@ class SiteQuantizer(nn.Module):
             scale, zero_point = scale_from_range(
                 low * self.clip_ratio, high * self.clip_ratio, self.spec.bits, self.spec.symmetric
             )
-        return fake_quantize(y, scale, zero_point, self.spec.bits, self.spec.symmetric).reshape(x.shape)
+        spec = self.spec
+        return fake_quantize(y, scale, zero_point, spec.bits, spec.symmetric, product_dtype(x)).reshape(x.shape)
 
 
 def weight_groups(weight: Tensor, spec: WeightSpec) -> Tensor:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from prefixquant.tasks.model.block import Block
-from prefixquant.tasks.model.quantizer import MIN_SCALE, QuantizedWeight, fake_quantize, quantize, weight_groups
+from prefixquant.tasks.model.quantizer import (
+    MIN_SCALE,
+    QuantizedWeight,
+    fake_quantize,
+    product_dtype,
+    quantize,
+    weight_groups,
+)
 from prefixquant.tasks.model.spec import WeightSpec
 
 
@@ -31,14 +38,14 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight_OI: Tensor) -> Tensor:
         """Return the weight on its grid, in the autocast type if autocast is on."""
-        kind = weight_OI.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_OI.dtype
-        groups = weight_groups(weight_OI, self.spec)
-        scale = self.scale.clamp_min(MIN_SCALE)
-        spec = self.spec
-        return fake_quantize(groups, scale, self.zero_point, spec.bits, spec.symmetric, dtype=dtype).reshape(
-            weight_OI.shape
-        )
+        spec, dtype = self.spec, product_dtype(weight_OI)
+        scale, zero_point = self.scale, self.zero_point  # training ends where a scale is not positive any more
+        if spec.granularity == "group":
+            groups = weight_groups(weight_OI, spec)
+            return fake_quantize(groups, scale, zero_point, spec.bits, spec.symmetric, dtype).reshape(weight_OI.shape)
+        # The parameter itself, not a view of it: then its gradient may keep the type of the product.
+        scale, zero_point = scale.squeeze(1), zero_point.squeeze(1)
+        return fake_quantize(weight_OI, scale, zero_point, spec.bits, spec.symmetric, dtype)
 
     @torch.no_grad()
     def codes(self, weight_OI: Tensor) -> QuantizedWeight:
@@ -95,7 +102,7 @@ def make_trainable(
             device = linear.weight.device
             quantizer = WeightQuantizer(spec, grid.scale.to(device), grid.zero_point.to(device))
             linear.weight_quantizer = quantizer
-            step = float(quantizer.scale.mean())
+            step = float(grid.scale.mean())
             found.append(Trainable(f"{role}.scale", quantizer.scale, False, step))
             if not spec.symmetric:
                 assert isinstance(quantizer.zero_point, nn.Parameter)
@@ -104,7 +111,7 @@ def make_trainable(
     for role in (block.family.norm1, block.family.norm2):
         norm: Any = block.layer.get_submodule(role)
         norm.weight = gain = nn.Parameter(norm.weight.detach().clone())
-        found.append(Trainable(f"{role}.weight", gain, True, float(gain.abs().mean()) / 8))
+        found.append(Trainable(f"{role}.weight", gain, True, float(gain.detach().abs().mean()) / 8))
     for name, site in block.sites.items():
         quantizer_ = site.quantizer
         if quantizer_ is None:

@@ -1,10 +1,20 @@
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from prefixquant.kernels.errors import KernelInputError
-from prefixquant.kernels.hadamard import hadamard_factors, hadamard_quantize, hadamard_transform, has_hadamard
+from prefixquant.kernels.fake_quantize import fake_quantize
+from prefixquant.kernels.hadamard import (
+    hadamard_factors,
+    hadamard_fake_quantize,
+    hadamard_quantize,
+    hadamard_transform,
+    has_hadamard,
+)
 from prefixquant.kernels.quantize import quantize
 
 # head sizes, hidden and intermediate sizes of known models; only 1 and 64 are powers of two
@@ -88,10 +98,31 @@ def test_a_fused_swiglu_hadamard_and_quantization_are_the_three_in_turn():
     assert torch.equal(codes.float(), quantize(hadamard_transform(gate), torch.tensor(0.1), layout="fp8")[0].float())
 
 
+def test_channel_scales_finish_gate_and_up_where_they_lie():
+    mixed = torch.randn(4, 5, 192, generator=torch.Generator().manual_seed(0))
+    scales = 0.5 + torch.rand(192, generator=torch.Generator().manual_seed(1))
+    gate, up = mixed.chunk(2, dim=-1)  # views of one product
+    wanted = hadamard_quantize(*(mixed * scales).chunk(2, dim=-1), torch.tensor(0.1))[0]
+    assert torch.equal(hadamard_quantize(gate, up, torch.tensor(0.1), channel_scale=scales)[0], wanted)
+    wanted = hadamard_quantize(gate * scales[:96], None, torch.tensor(0.1))[0]
+    assert torch.equal(hadamard_quantize(gate, scale=torch.tensor(0.1), channel_scale=scales[:96])[0], wanted)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x": torch.zeros(4, 8).double()}, "float32, bfloat16 or float16"),
+        ({"x": torch.zeros(8)}, "float32, bfloat16 or float16"),
+        ({"x": torch.zeros(8, 4).T}, "last axis contiguous"),
+        ({"up": torch.zeros(8, 4).T}, "like x"),
+        ({"up": torch.zeros(4, 8).bfloat16()}, "like x"),
+        ({"up": torch.zeros(4, 8, device="meta")}, "like x"),
+        ({"channel_scale": torch.ones(16)}, r"channel_scale must be float32 \[8\]"),
+        ({"channel_scale": torch.ones(8), "up": torch.zeros(4, 8)}, r"channel_scale must be float32 \[16\]"),
+        ({"channel_scale": torch.ones(8).double()}, r"channel_scale must be float32 \[8\]"),
+        ({"channel_scale": torch.ones(8, device="meta")}, "on meta"),
+        ({"channel_scale": torch.ones(1).expand(8)}, "channel_scale must be"),
+        ({"bits": 8, "layout": "fp8"}, "got 8"),
         ({"up": torch.zeros(4, 4)}, "like x"),
         ({"layout": "int4"}, "'int4'"),
         ({"clip_ratio": torch.tensor(1.0)}, "not both"),
@@ -104,3 +135,47 @@ def test_wrong_input_of_the_fused_operator_is_refused(change, message):
     arguments = {"x": torch.zeros(4, 8), "scale": torch.tensor(1.0)} | change
     with pytest.raises(KernelInputError, match=message):
         hadamard_quantize(**arguments)
+
+
+@pytest.mark.parametrize("n", [16, 576])
+def test_hadamard_fake_quantize_is_its_two_steps_and_so_are_its_gradients(n):
+    x = torch.randn(4, 3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scale = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    y, wanted = hadamard_fake_quantize(x, scale, -8, 7), fake_quantize(hadamard_transform(x), scale, None, -8, 7)
+    assert torch.equal(y, wanted)
+    grad = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for mine, theirs in zip(
+        torch.autograd.grad(y, [x, scale], grad), torch.autograd.grad(wanted, [x, scale], grad), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_hadamard_fake_quantize_refuses_a_scale_a_row():
+    with pytest.raises(KernelInputError, match=r"scalar scale, got torch.float32 and \(4, 1\)"):
+        hadamard_fake_quantize(torch.ones(4, 16), torch.ones(4, 1), -8, 7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("n", [576, 14336, 28672])
+def test_hadamard_fake_quantize_on_the_gpu_is_the_two_steps(n):
+    x = torch.randn(64, n, generator=torch.Generator().manual_seed(0)).bfloat16().cuda().requires_grad_()
+    scale = torch.tensor(0.4, device="cuda", requires_grad=True)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
+    y = hadamard_fake_quantize(x, scale, -8, 7)
+    wanted = fake_quantize(hadamard_transform(x), scale, None, -8, 7)
+    # sums in another order: a value on a border of bfloat16, and then of a code, may fall to the other side
+    assert ((y - wanted).abs() > 0.01).float().mean() < 0.01
+    for mine, theirs in zip(
+        torch.autograd.grad(y, [x, scale], grad), torch.autograd.grad(wanted, [x, scale], grad), strict=True
+    ):
+        assert (mine.float() - theirs.float()).norm() / theirs.float().norm() < 0.05
+
+
+def test_hadamard_fake_quantize_kernels_in_the_interpreter_match_the_reference():
+    pytest.importorskip("triton")
+    # Triton reads TRITON_INTERPRET when it is imported, so the kernels run in a process of their own.
+    script = Path(__file__).with_name("interpreted_hadamard_fake_quantize.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("matches") == 3, done.stdout

@@ -1,0 +1,57 @@
+"""Times Hadamard transforms on one GPU: `python -m prefixquant.kernels.hadamard.bench`."""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]  # has no types
+
+from .kernel import fits, hadamard_triton
+from .reference import hadamard_transform_reference
+
+SHAPES = {
+    "down_proj input of Llama-3-8B": (4096, 14336),
+    "down_proj input of Llama-3-70B": (4096, 28672),
+    "queries of Llama-3-8B": (4096 * 32, 128),
+    "down_proj input of SmolLM2-135M": (4096, 1536),
+}
+
+
+def main() -> None:
+    """Print a line for every shape, the kernel beside the products of the reference."""
+    if not torch.cuda.is_available():
+        raise SystemExit("hadamard.bench needs a CUDA GPU, found none")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    print("bfloat16, medians; GB/s of the input read once and the result written once")
+    for name, shape in SHAPES.items():
+        x = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).bfloat16()
+        products_ms = _median_ms(partial(hadamard_transform_reference, x))
+        line = f"{name}: products {products_ms:.3f} ms, {2 * x.nbytes / products_ms / 1e6:.0f} GB/s"
+        if fits(shape[1], torch.bfloat16):
+            wanted = hadamard_transform_reference(x.float())
+            error = (hadamard_triton(x)[0].float() - wanted).norm() / wanted.norm()
+            if not error <= 5e-3:  # bfloat16 between the axes and at the end: 2^-9 each
+                print(f"{line}; the kernel is off by {float(error):.2g}; not timed")
+                continue
+            kernel_ms = _median_ms(partial(hadamard_triton, x))
+            line += f"; kernel {kernel_ms:.3f} ms, {2 * x.nbytes / kernel_ms / 1e6:.0f} GB/s"
+        print(line)
+
+
+def _median_ms(call: Callable[[], object], repeats: int = 30) -> float:
+    """Return the median time of a call after five untimed ones."""
+    times = []
+    for index in range(repeats + 5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if index >= 5:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Hadamard transform and fake quantization of a row in one program, forward and backward.
+
+A row of n = A B values is a matrix [A, B], as in `kernel.py`; one scale for all rows.
+"""
+# Triton has no types, and its kernels cannot:
+# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefixquant.kernels.fake_quantize.kernel import row_codes
+from prefixquant.kernels.hadamard.kernel import fits, kernel_axes, padded
+from prefixquant.kernels.hadamard.reference import hadamard_matrix
+
+
+@triton.jit
+def _transform(b_x, first, last, o_a, o_b, A: tl.constexpr, B: tl.constexpr):
+    m_last = (o_b < B)[:, None] & (o_b < B)[None, :]
+    b_h = tl.load(last + o_b[:, None] * B + o_b[None, :], mask=m_last, other=0.0)
+    b_y = tl.dot(b_x, b_h, input_precision="ieee").to(b_x.dtype)
+    m_first = (o_a < A)[:, None] & (o_a < A)[None, :]
+    b_h = tl.load(first + o_a[:, None] * A + o_a[None, :], mask=m_first, other=0.0)
+    return tl.dot(b_h, b_y, input_precision="ieee").to(b_x.dtype)
+
+
+@triton.jit
+def _hadamard_forward_kernel(
+    x,
+    first,
+    last,
+    scale,
+    transformed,
+    y,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BA: tl.constexpr,
+    BB: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+):
+    o_a, o_b = tl.arange(0, BA), tl.arange(0, BB)
+    m = (o_a < A)[:, None] & (o_b < B)[None, :]
+    o = tl.program_id(0).to(tl.int64) * A * B + o_a[:, None] * B + o_b[None, :]
+    b_y = _transform(tl.load(x + o, mask=m, other=0.0), first, last, o_a, o_b, A, B)
+    tl.store(transformed + o, b_y, mask=m)
+    b_s = tl.load(scale)
+    _, centred, _ = row_codes(b_y.to(tl.float32), b_s, 0.0, LOW, HIGH)
+    tl.store(y + o, (centred * b_s).to(y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _hadamard_backward_kernel(
+    grad,
+    transformed,
+    first,
+    last,
+    scale,
+    dx,
+    dscale,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BA: tl.constexpr,
+    BB: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    o_a, o_b = tl.arange(0, BA), tl.arange(0, BB)
+    m = (o_a < A)[:, None] & (o_b < B)[None, :]
+    o = i * A * B + o_a[:, None] * B + o_b[None, :]
+    b_g = tl.load(grad + o, mask=m, other=0.0).to(tl.float32)
+    b_y = tl.load(transformed + o, mask=m, other=0.0).to(tl.float32)
+    ratio, centred, inside = row_codes(b_y, tl.load(scale), 0.0, LOW, HIGH)
+    terms = b_g * (centred - tl.where(inside, ratio, 0.0))
+    tl.store(dscale + i, tl.sum(tl.sum(terms, axis=1), axis=0))  # rows are added outside, in a fixed order
+    b_g = tl.where(inside, b_g, 0.0).to(dx.dtype.element_ty)
+    tl.store(dx + o, _transform(b_g, first, last, o_a, o_b, A, B), mask=m)
+
+
+def takes(x: Tensor) -> bool:
+    """Return whether the kernels take rows of this size and type: two axes in 16 bits, a tile a program."""
+    n = x.shape[-1]
+    return x.dtype in (torch.bfloat16, torch.float16) and len(kernel_axes(n)) == 2 and fits(n, x.dtype)
+
+
+def forward_triton(x_RN: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Return the transform of contiguous rows on the grid of a float32 scale, and the transform itself."""
+    transformed, y = torch.empty_like(x_RN), torch.empty_like(x_RN)
+    matrices, sizes = _launch(x_RN, transposed=False)
+    _hadamard_forward_kernel[(len(x_RN),)](x_RN, *matrices, scale, transformed, y, LOW=low, HIGH=high, **sizes)
+    return y, transformed
+
+
+def backward_triton(
+    grad_RN: Tensor, transformed_RN: Tensor, scale: Tensor, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients for x, in its type, and for the scale."""
+    dx = torch.empty_like(transformed_RN)
+    dscale = torch.empty(len(dx), dtype=torch.float32, device=dx.device)
+    matrices, sizes = _launch(dx, transposed=True)
+    _hadamard_backward_kernel[(len(dx),)](
+        grad_RN, transformed_RN, *matrices, scale, dx, dscale, LOW=low, HIGH=high, **sizes
+    )
+    return dx, dscale.sum()
+
+
+def _launch(x_RN: Tensor, *, transposed: bool) -> tuple[list[Tensor], dict[str, int]]:
+    """Return the matrices of both axes, the first one as the left operand, and the sizes of a launch."""
+    axes = kernel_axes(x_RN.shape[1])
+    block_a, block_b = padded(x_RN.shape[1])
+    sizes = {"A": math.prod(axes[0]), "B": math.prod(axes[1]), "BA": block_a, "BB": block_b}
+    matrices = [
+        hadamard_matrix(axis, x_RN.dtype, x_RN.device, transposed=turned)
+        for axis, turned in zip(axes, (not transposed, transposed), strict=True)
+    ]
+    return matrices, sizes | {"num_warps": 8 if block_a * block_b >= 8192 else 4}
