@@ -36,8 +36,8 @@ from prefixquant.cluster.process_group import process_group
 from prefixquant.cluster.worker_group import Membership
 from prefixquant.tasks.bench_training import build
 from prefixquant.tasks.losses import mse
+from prefixquant.tasks.model.shapes import SHAPES
 from prefixquant.tasks.parallel import ParameterGroup, Stepper
-from prefixquant.tasks.random_checkpoint import SHAPES
 from prefixquant.tasks.sharded_steps import ShardedRanks
 from prefixquant.tasks.steps import SingleRank
 from prefixquant.tasks.train_block import BlockLoss, autocast

@@ -110,7 +110,7 @@ def _planned(recipe: Any, store_url: str, shape: str | None, machine: str | None
     from prefixquant.pipeline.estimates import Shape
     from prefixquant.pipeline.machines import find_machine, local_machine
     from prefixquant.pipeline.run import known_model, plan_graph
-    from prefixquant.tasks.random_checkpoint import MODELS, shape_model
+    from prefixquant.tasks.random_checkpoint import SHAPES, shape_model
 
     kind = local_machine() if machine is None else find_machine(machine)
     if gpu_memory is not None:
@@ -120,10 +120,10 @@ def _planned(recipe: Any, store_url: str, shape: str | None, machine: str | None
     store = ArtifactStore(store_url)
     if shape is None:
         source, model = known_model(recipe, store)
-    elif shape in MODELS:
+    elif shape in SHAPES:
         source, model = Source(path=Path(shape), fingerprint=f"shape {shape}"), shape_model(shape)
     else:
-        raise ConfigError(f"--shape {shape} is not known; choose one of {', '.join(MODELS)}")
+        raise ConfigError(f"--shape {shape} is not known; choose one of {', '.join(SHAPES)}")
     graph = build_graph(recipe, source, model, machine=kind)
     dtype = model.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
     return _Planned(

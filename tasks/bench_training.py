@@ -14,18 +14,18 @@ from prefixquant.tasks.losses import mse
 from prefixquant.tasks.model.block import Block, block_shapes
 from prefixquant.tasks.model.families import FAMILIES
 from prefixquant.tasks.model.quantizer import round_to_nearest
+from prefixquant.tasks.model.shapes import SHAPES, ModelShape
 from prefixquant.tasks.model.sites import OnlineTransforms
 from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.model.trainable import make_trainable
 from prefixquant.tasks.parallel import ParameterGroup
-from prefixquant.tasks.random_checkpoint import SHAPES, BlockShape
 from prefixquant.tasks.steps import SingleRank
 from prefixquant.tasks.train_block import BlockLoss
 
 PREFIX_TOKENS = 3
 
 
-def build(shape: BlockShape, device: torch.device) -> tuple[Block, tuple[Tensor, Tensor], list[ParameterGroup]]:
+def build(shape: ModelShape, device: torch.device) -> tuple[Block, tuple[Tensor, Tensor], list[ParameterGroup]]:
     """Return a trainable W4A4KV4 static block with random weights, a prefix for it, and its parameter groups."""
     config = LlamaConfig(
         hidden_size=shape.hidden,
@@ -60,7 +60,7 @@ def build(shape: BlockShape, device: torch.device) -> tuple[Block, tuple[Tensor,
     return block, (keys[0], keys[1]), [ParameterGroup([each.parameter]) for each in trainables]
 
 
-def multiply_adds(shape: BlockShape, sequences: int, length: int) -> float:
+def multiply_adds(shape: ModelShape, sequences: int, length: int) -> float:
     """Return the operations of one step: 6 a weight and token, and causal attention's products three times."""
     head_dim = shape.hidden // shape.heads
     parameters = shape.hidden * (2 * (shape.heads + shape.kv_heads) * head_dim + 3 * shape.intermediate)

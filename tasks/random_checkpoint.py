@@ -1,7 +1,7 @@
 """A checkpoint with random weights of any shape, made block by block: to rehearse a run on a model not at hand."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,46 +16,24 @@ from prefixquant.tasks.load import LoadedModel
 from prefixquant.tasks.model.block import block_shapes
 from prefixquant.tasks.model.checkpoint import INDEX_FILE
 from prefixquant.tasks.model.families import FAMILIES
+from prefixquant.tasks.model.shapes import SHAPES as MODEL_SHAPES
+from prefixquant.tasks.model.shapes import ModelShape
 
 BOS, EOS = 0, 1
 MIN_VOCABULARY = 258
 """BOS, EOS and the 256 bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockShape:
-    """Sizes of a decoder block of the Llama family."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-
-
-SHAPES = {
-    "tiny": BlockShape(48, 96, 4, 2),
-    "smollm2-135m": BlockShape(576, 1536, 9, 3),
-    "llama-2-7b": BlockShape(4096, 11008, 32, 32),
-    "llama-3-8b": BlockShape(4096, 14336, 32, 8),
-    "llama-3-70b": BlockShape(8192, 28672, 64, 8),
-}
-
-MODELS = {
-    "tiny": (2, 258),
-    "smollm2-135m": (30, 49152),
-    "llama-2-7b": (32, 32000),
-    "llama-3-8b": (32, 128256),
-    "llama-3-70b": (80, 128256),
-}
-"""Blocks and vocabulary of the models of these shapes."""
+SHAPES = {"tiny": ModelShape(48, 96, 4, 2, 2, MIN_VOCABULARY), **MODEL_SHAPES}
+"""Models whose checkpoints can be made up: those of `model/shapes.py`, and one that takes no time."""
 
 
 def shape_model(name: str) -> LoadedModel:
     """Return what is known of the model of a shape without its files: enough to plan with. No tokenizer."""
-    blocks, vocabulary = MODELS[name]
+    shape = SHAPES[name]
     dtype = torch.float32 if name == "tiny" else torch.bfloat16
     return LoadedModel(
-        config=shape_config(SHAPES[name], blocks=blocks, vocabulary=vocabulary, dtype=dtype),
+        config=shape_config(shape, blocks=shape.blocks, vocabulary=shape.vocabulary, dtype=dtype),
         family=FAMILIES["llama"],
         dtype=str(dtype).removeprefix("torch."),
         bos_token_id=BOS,
@@ -64,29 +42,17 @@ def shape_model(name: str) -> LoadedModel:
     )
 
 
-def shape_config(shape: BlockShape, *, blocks: int, vocabulary: int, dtype: torch.dtype) -> LlamaConfig:
-    """Return the config of a Llama of so many blocks and tokens."""
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        num_hidden_layers=blocks,
-        vocab_size=vocabulary,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        dtype=dtype,
-    )
+def shape_config(shape: ModelShape, *, blocks: int, vocabulary: int, dtype: torch.dtype) -> LlamaConfig:
+    """Return the config of a Llama of this shape with so many blocks and tokens."""
+    config = replace(shape, vocabulary=vocabulary).config(blocks)
+    config.dtype = dtype
     config.architectures = [FAMILIES["llama"].architecture]
     return config
 
 
 def write_random_checkpoint(
     folder: Path,
-    shape: BlockShape,
+    shape: ModelShape,
     *,
     blocks: int,
     vocabulary: int = MIN_VOCABULARY,
