@@ -328,9 +328,10 @@ def train_bytes(shape: Shape, train: TrainConfig, *, ranks: int = 1, last: bool 
     """
     tokens = train.batch_size // ranks * train.sequence_length
     kept = ACTIVATION_BYTES * tokens * shape.channels
-    # Weight and two moments (sharded), best epoch: float32. The weight on its grid: bfloat16. Gradients replace the
+    # Weight and two moments (rows of them, or with ZeRO the moments alone), best epoch: float32. The weight on its grid: bfloat16. Gradients replace the
     # activations in the course of the backward.
-    states = (4 + 8 / ranks + 4) * shape.parameters
+    owned = 12 / ranks if train.sharding == "rows" else 4 + 8 / ranks
+    states = (owned + 4) * shape.parameters
     peak = states + max(2 * shape.parameters + kept, 4 * shape.parameters + SEARCH_BYTES * shape.largest / 4)
     ahead = min(train.lookahead, shape.blocks - 1)
     peak += (1 + ahead) * shape.block_bytes + ahead * kept
@@ -372,15 +373,20 @@ def _train(stage: str, config: Any, shape: Shape, machine: Machine, ranks: int) 
     training += head * (5 * train.epochs * tokens + 2 * (train.epochs + 1) * held_out)
     passes["flops"] |= {"train": training / ranks}
     passes["elements"] |= {"train": train.epochs * tokens * trained * shape.channels * looked / ranks}
-    exchanged = 2 * 4 * shape.parameters * (ranks - 1) / ranks  # gradients reduced, parameters gathered, float32
+    # A step gathers weights and reduces gradients: with rows in 16 bits and recorded as a graph, with ZeRO in 32.
+    rows = train.sharding == "rows"
+    exchanged = 2 * (2 if rows else 4) * shape.parameters * (ranks - 1) / ranks
+    graphed = rows or ranks == 1
     place, stream_bytes = stream_place(shape, train, machine, ranks)
     reads = (config.stop + trained + train.lookahead) * shape.block_bytes + trained * shape.quantized_bytes
     return _Cost(
         work=Work(
             stage=stage,
-            updates=steps * shape.parameters * (1 + 1 / ranks) / 2,  # the optimizer is sharded, the weights are not
-            steps=steps * passed if ranks == 1 else 0,
-            eager_steps=steps * passed if ranks > 1 else 0,
+            updates=steps
+            * shape.parameters
+            * (1 / ranks if rows else (1 + 1 / ranks) / 2),  # ZeRO shards the optimizer
+            steps=steps * passed if graphed else 0,
+            eager_steps=0 if graphed else steps * passed,
             exchanged_bytes=steps * exchanged,
             blocks=config.stop + 2 * trained,
             trained_blocks=trained,
