@@ -328,8 +328,8 @@ def train_bytes(shape: Shape, train: TrainConfig, *, ranks: int = 1, last: bool 
     """
     tokens = train.batch_size // ranks * train.sequence_length
     kept = ACTIVATION_BYTES * tokens * shape.channels
-    # Weight and two moments (rows of them, or with ZeRO the moments alone), best epoch: float32. The weight on its grid: bfloat16. Gradients replace the
-    # activations in the course of the backward.
+    # Float32: the weight and two moments (of the rank's rows; with ZeRO the moments alone are divided), the best epoch.
+    # Bfloat16: the weight on its grid. Gradients replace the activations in the course of the backward.
     owned = 12 / ranks if train.sharding == "rows" else 4 + 8 / ranks
     states = (owned + 4) * shape.parameters
     peak = states + max(2 * shape.parameters + kept, 4 * shape.parameters + SEARCH_BYTES * shape.largest / 4)
