@@ -19,13 +19,16 @@ from prefixquant.cluster.worker_group import Membership
 
 
 @contextmanager
-def join(member: Membership, device: torch.device, *, stage: int | None = None) -> Iterator["DeepSpeedRanks"]:
+def join(
+    member: Membership, device: torch.device, *, stage: int | None = None, parts: int = 1
+) -> Iterator["DeepSpeedRanks"]:
     """Join the process group of a worker group and leave it at the end. It may be joined again after that.
 
     Args:
         member: this process's place in the group.
         device: where it computes: the first GPU it can see (each rank is given one), or the CPU. No compiler is needed.
         stage: ZeRO stage, 1 to 3; None: by the size of what is trained (`zero_stage`).
+        parts: into how many parts, each with a forward of its own, this rank's share of a batch is cut to save memory.
     Raises:
         RanksError: a device or stage that cannot be.
     """
@@ -35,7 +38,7 @@ def join(member: Membership, device: torch.device, *, stage: int | None = None) 
     with process_group(member, device, environment) as backend:
         deepspeed = _deepspeed(device)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        ranks = DeepSpeedRanks(member, device, stage)
+        ranks = DeepSpeedRanks(member, device, stage, parts)
         try:
             yield ranks
         except BaseException:
@@ -75,8 +78,10 @@ def zero_stage(num_parameters: int, ranks: int, device_bytes: int | None) -> int
 class DeepSpeedRanks:
     """One of the processes that train together. Made by `join`."""
 
-    def __init__(self, member: Membership, device: torch.device, stage: int | None) -> None:
-        self._member, self._device, self._stage = member, device, stage
+    compiles = False  # DeepSpeed hangs hooks and attributes on every module
+
+    def __init__(self, member: Membership, device: torch.device, stage: int | None, parts: int) -> None:
+        self._member, self._device, self._stage, self.parts = member, device, stage, parts
         self._stepper: DeepSpeedStepper | None = None
 
     @property
@@ -109,7 +114,7 @@ class DeepSpeedRanks:
         trained = sum(each.numel() for group in groups for each in group.parameters)
         memory = None if self._device.type == "cpu" else torch.cuda.get_device_properties(self._device).total_memory
         stage = self._stage or zero_stage(trained, self.size, memory)
-        self._stepper = DeepSpeedStepper(module, groups, gradient_clip, precision, self._device, stage)
+        self._stepper = DeepSpeedStepper(module, groups, gradient_clip, precision, self._device, stage, self.parts)
         return self._stepper
 
     def mean(self, value: Tensor) -> Tensor:

@@ -26,12 +26,13 @@ class DeepSpeedStepper:
         precision: str,
         device: torch.device,
         stage: int,
+        parts: int,
     ) -> None:
         import deepspeed
 
         self._names = {each: name for name, each in module.named_parameters() if each.requires_grad}
         _check(self._names, groups, gradient_clip, precision, device)
-        self._module, self._device, self.stage = module, device, stage
+        self._module, self._device, self.stage, self._parts = module, device, stage, parts
         self._marks = _Marks(module)
         self._scalars = {each for each in module.parameters() if each.dim() == 0}
         for each in self._scalars:
@@ -88,10 +89,15 @@ class DeepSpeedStepper:
         scalars on the device. A gradient that is not finite leaves the parameters as they are, and the norm is
         infinite; except in fp16, where that is how the loss scale is found, the loss returned is NaN.
         """
-        loss = self._engine(*batch)
-        self._engine.backward(loss)
-        self._engine.step()
-        mean = loss.detach().float().clone()
+        parts = list(zip(*(each.chunk(self._parts) for each in batch), strict=True))
+        mean = torch.zeros((), device=self._device)
+        for index, part in enumerate(parts):
+            if len(parts) > 1:  # the update comes with the last part
+                self._engine.set_gradient_accumulation_boundary(is_boundary=index + 1 == len(parts))
+            loss = self._engine(*part) * (len(part[0]) / len(batch[0]))
+            self._engine.backward(loss)
+            self._engine.step()
+            mean += loss.detach()
         torch.distributed.all_reduce(mean)
         mean /= torch.distributed.get_world_size()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._device)

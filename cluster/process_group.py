@@ -1,6 +1,8 @@
 """The process group of torch.distributed that the members of a worker group form."""
 
+import ipaddress
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -39,6 +41,8 @@ def process_group(
         "MASTER_PORT": str(member.master_port),
         **(environment or {}),
     }
+    if _is_loopback(member.master_addr):  # all ranks are here, so nobody else need reach their sockets
+        variables |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback_interface())
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -75,5 +79,19 @@ def _meeting(member: Membership) -> Any:
 @cache
 def _store(member: Membership) -> tuple[Any, Iterator[int]]:
     # Kept as long as the process: a rank that joins again before rank 0 has left would meet the store of before.
-    store = TCPStore(member.master_addr, member.master_port, member.size, member.rank == 0)
-    return store, count()
+    if member.rank != 0:
+        return TCPStore(member.master_addr, member.master_port, member.size, False), count()
+    # Left to itself it would listen on every address of the machine. The store closes the socket it is given.
+    handle = socket.create_server((member.master_addr, member.master_port)).detach()
+    return TCPStore(member.master_addr, member.master_port, member.size, True, master_listen_fd=handle), count()
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def _loopback_interface() -> str:
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")

@@ -100,6 +100,11 @@ class RaySession:
         self.gpus = int(sum(node.get("GPU", 0) for node in self._nodes))
         """GPUs of the whole cluster."""
 
+    @property
+    def workers(self) -> int:
+        """How many tasks of one GPU, or without GPUs of one core, run at the same time."""
+        return max(1, self.gpus or self.cpus)
+
     def __enter__(self) -> Self:
         return self
 

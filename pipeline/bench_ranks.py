@@ -194,16 +194,16 @@ def _profiled(step: Callable[[], Any], synchronize: Callable[[], None], device: 
             launches += 1
         elif event.name == "aten::_local_scalar_dense":
             waits += 1
-    alone = _length(collectives + others) - _length(others)
+    alone = union_length(collectives + others) - union_length(others)
     return {
-        "communication": _length(collectives) / 1e6 / steps,
+        "communication": union_length(collectives) / 1e6 / steps,
         "exposed": alone / 1e6 / steps,
         "launches": launches // steps,
         "waits": waits // steps,
     }
 
 
-def _length(intervals: Sequence[tuple[float, float]]) -> float:
+def union_length(intervals: Sequence[tuple[float, float]]) -> float:
     """Return how much the union of intervals covers."""
     total, end = 0.0, float("-inf")
     for first, last in sorted(intervals):
@@ -235,7 +235,8 @@ def _run_rank(member: Membership, args: argparse.Namespace, results: Any) -> Non
         torch.set_num_threads(1)
     if results is not None:
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        results.put((f"{args.shape}, {member.size} ranks on {name}, torch {torch.__version__}", None, None, None))
+        how = ", compiled where it goes" if args.compile else ""
+        results.put((f"{args.shape}, {member.size} ranks on {name}, torch {torch.__version__}{how}", None, None, None))
     singles: dict[int, Timing] = {}
     for way in ("single", "single-share", *args.ways):
         for batch_size in args.batch_sizes:
@@ -273,7 +274,8 @@ def _measure_way(
     batch = [torch.randn(*size, generator=generator, device=device) for _ in "xy"]
     if way != "single":
         batch = share(batch, member.rank, member.size)
-    module = BlockLoss(block, prefix, mse)
+    compiled = args.compile and (alone or way.startswith("sharded"))
+    module = BlockLoss(block, prefix, mse, compiled=compiled)
     if alone:
         single = SingleRank().stepper(module, groups, gradient_clip=CLIP, precision=args.precision)
         return measure(single, len(groups), batch, args.steps, device, together=False)
@@ -309,6 +311,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20, help="of each of the three rounds")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the block, where the way allows it")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
     wrong = [each for each in args.batch_sizes if each % args.ranks]

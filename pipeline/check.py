@@ -10,7 +10,7 @@ from prefixquant.pipeline.graph import Estimate, Graph
 from prefixquant.pipeline.machines import Machine, Work
 from prefixquant.pipeline.worker import NodeResult
 
-FORWARD_STAGES = ("prefix", "calibrate", "stream", "evaluate")
+FORWARD_STAGES = ("prefix", "calibrate", "stream", "evaluate", "evaluate_part")
 """Stages that do little else than pass tokens through blocks."""
 
 
@@ -87,8 +87,8 @@ def stored_measurements(graph: Graph, store: ArtifactStore) -> tuple[dict[str, M
         except ArtifactMissing:
             continue  # not run, or a stream that has served
         meta = manifest.meta
-        if "seconds" not in meta:
-            continue
+        if "seconds" not in meta or meta["inputs"].keys() != graph.nodes[name].inputs.keys():
+            continue  # yielded by another node, or measured in parts, which are gone, or the other way round
         device = meta["device"] if meta["device"] != "cpu" else device
         found[name] = Measured(
             seconds=meta["seconds"],

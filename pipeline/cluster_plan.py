@@ -117,7 +117,7 @@ def _ways(node: Node, kind: str, has: float, shape: Shape, cluster: Cluster, ran
             if fits(shape=replace(shape, **{field: tokens // sequences * fewer})):
                 yield f"{key}={fewer}"
                 break
-    if node.task.name == "evaluate":
+    if node.task.name in ("evaluate", "evaluate_part"):
         for windows in _halves(shape.evaluation_tokens // shape.window):
             if fits(shape=replace(shape, evaluation_tokens=windows * shape.window)):
                 yield f"evaluate.max_windows={windows}"

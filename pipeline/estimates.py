@@ -16,8 +16,10 @@ from prefixquant.kernels.hadamard.reference import hadamard_axes
 from prefixquant.pipeline.graph import Estimate, Node
 from prefixquant.pipeline.machines import Machine, Work
 from prefixquant.pipeline.recipe import Recipe
+from prefixquant.tasks.evaluate import BATCH_TOKENS
 from prefixquant.tasks.load import LoadedModel
 from prefixquant.tasks.model.sites import ALL_SITES, head_size
+from prefixquant.tasks.profiles.export import MEASURED_TOKENS
 from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.search import SearchConfig
 from prefixquant.tasks.streams import DEVICE_SHARE
@@ -45,7 +47,8 @@ GPTQ_BYTES = 20
 COLUMNS_A_FORWARD = 50
 """Columns that GPTQ rounds in the time of the launches of one forward."""
 
-_CHEAP = ("load", "tokens", "export", "report")
+TOKENS_A_DOCUMENT = 200
+"""Of a task of lm-eval: four choices of fifty tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +73,9 @@ class Shape:
     search_tokens: int
     evaluation_tokens: int
     window: int
+    task_tokens: int
+    """Of a task of lm-eval, whose documents nobody has counted yet."""
+
     search: SearchConfig | None
     searches_prefix: bool
     sequences: Mapping[str, int]
@@ -96,6 +102,7 @@ class Shape:
             search_tokens=data.search.sequences * data.search.length,
             evaluation_tokens=windows * recipe.evaluate.window,
             window=recipe.evaluate.window,
+            task_tokens=TOKENS_A_DOCUMENT * (recipe.evaluate.limit or 2000) * (1 + (recipe.evaluate.shots or 0)),
             search=recipe.search,
             searches_prefix=recipe.prefix.tokens is None,
             sequences={"search": data.search.sequences, "statistics": data.statistics.sequences},
@@ -172,7 +179,7 @@ class _Cost:
 def estimate(node: Node, shape: Shape, machine: Machine, ranks: int = 1) -> Estimate:
     """Return the cost of a node on a machine: one CPU core, or one GPU. With several ranks, that of one of them."""
     cost = _cost(node, shape, machine, ranks)
-    gpu = machine.memory_bytes > 0 and node.task.name not in _CHEAP
+    gpu = machine.memory_bytes > 0 and node.resources.gpus > 0
     return Estimate(
         seconds=machine.time(replace(cost.work, written_bytes=cost.stored)),
         host_bytes=int(machine.process_bytes + cost.host + (0 if gpu else cost.device)),
@@ -207,8 +214,14 @@ def _cost(node: Node, shape: Shape, machine: Machine, ranks: int = 1) -> _Cost:
             return _search(shape, rounds=node.config.gptq is not None)
         case "train" | "polish":
             return _train(node.task.name, node.config, shape, machine, ranks)
-        case "evaluate":
-            return _evaluate(shape, quantized=node.config.variant == "quantized")
+        case "evaluate" | "evaluate_part" | "tasks" | "tasks_part" if "parts" not in node.inputs:
+            measured, shards = getattr(node.config, "of", node.config), getattr(node.config, "shards", 1)
+            quantized = measured.model.variant == "quantized"
+            if node.task.name.startswith("tasks"):
+                return _tasks(shape, shards=shards, gpus=measured.gpus, quantized=quantized)
+            return _evaluate(shape, shards=shards, quantized=quantized)
+        case "export_profile":
+            return _profile(shape, verify=node.config.export.verify)
         case name:
             return _Cost(work=Work(stage=name))
 
@@ -401,14 +414,23 @@ def _train(stage: str, config: Any, shape: Shape, machine: Machine, ranks: int) 
     )
 
 
-def _evaluate(shape: Shape, *, quantized: bool) -> _Cost:
-    tokens = shape.evaluation_tokens
+def _head(shape: Shape, tokens: int) -> float:
+    """Return the operations of the logits of so many tokens."""
+    return 2.0 * tokens * shape.hidden * shape.vocabulary
+
+
+def _logits_bytes(shape: Shape, tokens: int) -> int:
+    """Of logits in float32 and their softmax."""
+    return tokens * shape.vocabulary * (8 if shape.dtype == "float32" else 10)
+
+
+def _evaluate(shape: Shape, *, shards: int, quantized: bool) -> _Cost:
+    """Return the cost of measuring one of so many shares of a text, with a block held at a time."""
+    tokens = -(-shape.evaluation_tokens // shards)
     passes = _forward(shape, tokens, shape.blocks)
-    kind = f"forward_{_rate(shape.dtype)}"
-    passes["flops"][kind] += 2.0 * tokens * shape.hidden * shape.vocabulary
+    passes["flops"][f"forward_{_rate(shape.dtype)}"] += _head(shape, tokens)
     block = shape.quantized_bytes if quantized else shape.block_bytes
     stream, head = shape.stream_bytes(tokens), shape.ends_bytes / 2
-    logits = shape.window * shape.vocabulary * (8 if shape.dtype == "float32" else 10)  # in float32, and their softmax
     in_blocks = shape.block_bytes + 2 * stream + shape.forward_bytes(min(FORWARD_TOKENS, tokens))
     return _Cost(
         work=Work(
@@ -417,6 +439,48 @@ def _evaluate(shape: Shape, *, quantized: bool) -> _Cost:
             read_bytes=shape.blocks * block + shape.ends_bytes,
             **passes,
         ),
-        device=max(in_blocks, stream + head + logits),
+        device=max(in_blocks, stream + head + _logits_bytes(shape, shape.window)),
         host=shape.block_bytes + head,
+    )
+
+
+def _tasks(shape: Shape, *, shards: int, gpus: int, quantized: bool) -> _Cost:
+    """Return the cost of answering one of so many shares of a task, with the model whole over so many GPUs."""
+    tokens = -(-shape.task_tokens // shards)
+    passes = _forward(shape, tokens, shape.blocks)
+    passes["flops"][f"forward_{_rate(shape.dtype)}"] += _head(shape, tokens)
+    block = shape.quantized_bytes if quantized else shape.block_bytes
+    whole = shape.blocks * shape.block_bytes + shape.ends_bytes
+    batch = min(BATCH_TOKENS, tokens)
+    return _Cost(
+        work=Work(
+            stage="tasks",
+            blocks=shape.blocks,
+            read_bytes=shape.blocks * block + shape.ends_bytes,
+            **passes,
+        ),
+        device=whole / gpus + shape.forward_bytes(batch) + _logits_bytes(shape, batch),
+        # transformers loads the original model whole before it goes to a GPU; the quantized one comes block by block.
+        host=shape.ends_bytes + (shape.block_bytes if quantized or gpus > 1 else shape.blocks * shape.block_bytes),
+    )
+
+
+def _profile(shape: Shape, *, verify: bool) -> _Cost:
+    """Return the cost of writing, measuring and comparing a profile: planning walks five times, measuring twice."""
+    planning, measuring = min(MEASURED_TOKENS, shape.search_tokens), min(MEASURED_TOKENS, shape.evaluation_tokens)
+    passes = _forward(shape, 5 * planning + 2 * measuring, shape.blocks)
+    passes["flops"][f"forward_{_rate(shape.dtype)}"] += 2 * _head(shape, measuring)
+    folder = shape.blocks * shape.quantized_bytes + shape.ends_bytes
+    tokens = max(planning, measuring)
+    whole = 4 * (shape.blocks * shape.parameters + 2 * shape.vocabulary * shape.hidden)  # the gate's, in float32
+    return _Cost(
+        work=Work(stage="export_profile", blocks=7 * shape.blocks, read_bytes=2 * folder, **passes),
+        device=2 * shape.block_bytes
+        + 2 * shape.stream_bytes(tokens)
+        + shape.forward_bytes(min(FORWARD_TOKENS, tokens))
+        + shape.ends_bytes
+        + _logits_bytes(shape, shape.window),
+        host=shape.ends_bytes + (whole if verify else 2 * shape.block_bytes),
+        stored=folder,
+        disk=2 * folder,
     )

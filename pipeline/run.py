@@ -1,6 +1,7 @@
 """One run of a recipe: source, graph, plan, execution, tracking, output folder."""
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,23 +11,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefixquant.cluster.ray_session import RaySession, connect
-from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore, StoreUnwritable
+from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore
 from prefixquant.pipeline.artifacts import load_artifact, load_record
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
+from prefixquant.pipeline.build_evaluation import is_result
 from prefixquant.pipeline.graph import Graph
 from prefixquant.pipeline.machines import local_machine, machine_of
-from prefixquant.pipeline.materialize import check_output, materialize
+from prefixquant.pipeline.output import check_place, write_model
 from prefixquant.pipeline.plan import Plan, make_plan
 from prefixquant.pipeline.progress import make_progress
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.runner import Event, RunResult, execute
-from prefixquant.pipeline.source import resolve_source, source_fingerprint
+from prefixquant.pipeline.source import model_at, resolve_source, source_fingerprint
 from prefixquant.pipeline.tracking import Tracker, flatten
 from prefixquant.pipeline.training import epoch_metrics, epoch_step
 from prefixquant.pipeline.worker import NodeResult
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
-from prefixquant.tasks.load import LoadedModel, load_model
+from prefixquant.tasks.load import LoadedModel
 
 EXPERIMENT = "prefixquant"
 
@@ -48,7 +52,8 @@ class RunOptions:
     """Where a run takes place; nothing of it enters an artifact's key."""
 
     store: str
-    out: Path | None = None
+    out: Path | str | None = None
+    """Folder, or URL, that gets the loadable model."""
     tracking: str | None = None
     """MLflow URI. None: a SQLite file beside a local store. "off": no tracking."""
     address: str | None = None
@@ -92,6 +97,7 @@ class RunSummary:
             "ppl_full_precision": ppl.get(("full precision", first)),
             "ppl_without_prefix": ppl.get(("quantized without prefix", first)),
             "perplexity": self.record["perplexity"],
+            "tasks": self.record["tasks"],
             "tasks_run": self.tasks_run,
             "tasks_cached": self.tasks_cached,
             "seconds": round(self.seconds, 2),
@@ -127,15 +133,20 @@ def known_model(recipe: Recipe, store: ArtifactStore) -> tuple[Source, LoadedMod
     key = Graph([load_node(source)]).key("load")
     if store.has(key):
         return source, LoadedModel.from_artifact(load_artifact(store, key))
-    return source, load_model(str(source.path))
+    return source, model_at(str(source.path))
 
 
 def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
     """Return the graph of a recipe and what a run of it would do here; starts nothing and writes nothing."""
     store = ArtifactStore(store_url)
     source, model = known_model(recipe, store)
-    graph = build_graph(recipe, source, model, machine=local_machine())
+    graph = build_graph(recipe, source, model, machine=local_machine(), workers=local_workers())
     return graph, plan_graph(graph, store, recipe.name)
+
+
+def local_workers() -> int:
+    """Return how many tasks run at once on the local cluster that a run would start."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
 
 
 def plan_graph(graph: Graph, store: ArtifactStore, name: str) -> Plan:
@@ -154,7 +165,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
     if options.ranks is not None:
         _check_ranks(options.ranks, recipe)
     if options.out is not None:
-        check_output(options.out)
+        check_place(options.out)
     store = open_store(options.store)
     source = prepare(recipe)
     repairs = 0
@@ -195,16 +206,21 @@ def _run_once(
         _require(loads)
         loaded = loads.results
     model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
-    graph = build_graph(recipe, source, model, machine=local_machine())
-    run = _Tracked(
-        recipe, graph, store, options, lambda gpu: build_graph(recipe, source, model, machine=machine_of(gpu))
-    )
+    graph, workers = build_graph(recipe, source, model, machine=local_machine()), 1
+    if any(is_result(node) and not store.has(graph.key(name)) for name, node in graph.nodes.items()):
+        workers = session().workers
+        graph = build_graph(recipe, source, model, machine=local_machine(), workers=workers)
+
+    def rebuild(gpu: tuple[str, int] | None) -> Graph:
+        return build_graph(recipe, source, model, machine=machine_of(gpu), workers=workers)
+
+    run = _Tracked(recipe, graph, store, options, rebuild)
     plan = make_plan(graph, targets(graph), store, _previous(store, recipe.name))
     with run.recorded():
         result = run.execute(plan, session)
         record = load_artifact(store, graph.key("report")).record
         if options.out is not None:
-            materialize(graph, store, options.out, model.num_blocks)
+            write_model(graph, store, options.out, model.num_blocks)
         done = loaded if result is None else loaded | result.results
         run.finish(record, done, time.monotonic() - start)
     return RunSummary(
@@ -330,7 +346,7 @@ class _Tracked:
             yield
         except BaseException as err:
             interrupted = isinstance(err, KeyboardInterrupt) or getattr(err, "interrupted", False)
-            with suppress(StoreUnwritable):  # on a full disk it would hide which task failed
+            with suppress(ArtifactError):  # on a full disk it would hide which task failed
                 self._write_ref("interrupted" if interrupted else "failed")
             self.tracker.finish("KILLED" if interrupted else "FAILED")
             raise
@@ -385,10 +401,11 @@ class _Tracked:
         if tracker.run_id is not None:
             self._log_missing_blocks()
             metrics: dict[str, float] = {"seconds": seconds, "prefix/num_tokens": len(record["prefix"]["token_ids"])}
-            for each in record["perplexity"]:
-                model = each["model"].replace(" ", "_")
-                text = re.sub(r"[^\w.-]", "_", each["text"])  # what MLflow takes in a name
-                metrics[f"eval/{text}_ppl/{model}"] = each["ppl"]
+            metrics |= _measured(record)
+            for name, node in self.graph.nodes.items():
+                if node.task.name == "export_profile":
+                    prefix = f"export/{node.config.profile}"
+                    metrics |= {f"{prefix}/{key}": each for key, each in self._stored_metrics(name).items()}
             errors = [block["error"] for block in record["blocks"]]
             metrics["block_error/mean"] = sum(errors) / len(errors)
             metrics |= {f"seconds/{stage}": each for stage, each in _stage_seconds(self.graph, done).items()}
@@ -402,7 +419,7 @@ class _Tracked:
             tagged = ("load", "prefix", "export", "report")
             tracker.set_tags({f"artifact.{name}": self.graph.key(name) for name in tagged})
             tracker.finish("FINISHED")
-        self._write_ref("finished", ppl=record["perplexity"])
+        self._write_ref("finished", ppl=record["perplexity"], tasks=record["tasks"])
 
     def _log_missing_blocks(self) -> None:
         """Log what MLflow lacks of the blocks: an earlier run stored them, or died before it could send it."""
@@ -432,6 +449,18 @@ class _Tracked:
             **extra,
         }
         self.store.write_ref(self.run_id, record)
+
+
+def _measured(record: dict[str, Any]) -> dict[str, float]:
+    """Return perplexities and what tasks gave, by names that MLflow takes."""
+    named = {(f"{each['text']}_ppl", each["model"]): each["ppl"] for each in record["perplexity"]}
+    for each in record["tasks"]:
+        for metric, value in each["metrics"].items():
+            named[f"{each['task']}_{metric}", each["model"]] = value
+            if each["stderr"][metric] is not None:
+                named[f"{each['task']}_{metric}_stderr", each["model"]] = each["stderr"][metric]
+    plain = re.compile(r"[^\w.-]")
+    return {f"eval/{plain.sub('_', name)}/{model.replace(' ', '_')}": value for (name, model), value in named.items()}
 
 
 def default_tracking(store: ArtifactStore) -> str | None:

@@ -10,9 +10,18 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Literal
 
-from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactMissing, ResourceError, StoreUnwritable
+from torch import OutOfMemoryError
+
+from prefixquant.cluster.errors import (
+    ArtifactCorrupted,
+    ArtifactMissing,
+    ResourceError,
+    StoreUnavailable,
+    StoreUnreadable,
+    StoreUnwritable,
+)
 from prefixquant.cluster.inline_session import InlineSession
-from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError
+from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError, first_line
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.graph import Graph, Node
@@ -31,12 +40,17 @@ _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     ((CheckpointError, UnsupportedModelError), "Correct the model's files and run again; what is finished is stored."),
     (NumericalError, "The numbers diverged: lower the learning rate, or look at what enters that block."),
     (ResourceError, "Ask for fewer processes with --ranks, or use a larger cluster, and run again to go on from here."),
+    (StoreUnavailable, "The store did not answer for long. Run again to go on from here."),
+    (StoreUnreadable, "Renew credentials or permissions of the store, then run again; what is finished is stored."),
     (StoreUnwritable, "Make room or choose another store, then run again; what is finished is stored."),
     (
         (ArtifactCorrupted, ArtifactMissing),
         "Its input is damaged or gone each time it is built: check the disk, and whether another run uses the store.",
     ),
-    (MemoryError, "Too little memory: lower the batch or calibration size of that task, or use a larger machine."),
+    (
+        (MemoryError, OutOfMemoryError),
+        "Too little memory: lower the batch or calibration size of that task, or use a larger machine.",
+    ),
     (TaskLostError, "The worker died each time, mostly for lack of memory. Run again to go on from here."),
 )
 Session = RaySession | InlineSession
@@ -50,8 +64,9 @@ Outcome = Literal["done", "cached", "failed", "skipped", "unneeded"]
 interrupted first. unneeded: nothing that ran had a use for it."""
 
 
-EventKind = Literal["submitted", "progress", "done", "cached", "failed", "skipped", "repaired", "discarded"]
+EventKind = Literal["submitted", "progress", "done", "cached", "failed", "skipped", "repaired", "reduced", "discarded"]
 """progress: its task says how far it is. repaired: an input of the node was damaged and is built again first.
+reduced: the GPU's memory did not suffice and the node runs again with half as much in a forward.
 discarded: the node's ephemeral artifact has served and is gone from the store. The others: see Outcome."""
 
 
@@ -70,7 +85,7 @@ class Event:
     """With `done`, unless another node's run yielded the artifact."""
 
     message: str = ""
-    """With `failed` and `repaired`: why. With `progress`: where the task is, in a few words."""
+    """With `failed`, `repaired` and `reduced`: why. With `progress`: where the task is, in a few words."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     """With `progress`: numbers for tracking."""
@@ -178,6 +193,7 @@ class _Run:
         self.results: dict[str, NodeResult] = {}
         self.failures: dict[str, NodeFailure] = {}
         self.repairs: Counter[str] = Counter()
+        self.reduced: set[str] = set()
         self.pending: dict[Ref, str] = {}
         durable = [name for name in graph.order if not graph.nodes[name].task.ephemeral]
         self.kept = {*targets, *durable}
@@ -260,6 +276,7 @@ class _Run:
             cpus=max(1, request.cpus),
             mailbox=self.session.mailbox() if gang is not None else None,
             sharding="rows" if gang is None else gang.sharding,
+            parts=2 if name in self.reduced else 1,
         )
         ranks = self.num_ranks(node)
         if ranks > 1:
@@ -322,6 +339,12 @@ class _Run:
         except (ArtifactCorrupted, ArtifactMissing) as err:
             if not self.repair(name, err):
                 self.fail(name, err)
+        except OutOfMemoryError as err:  # of a GPU
+            if name in self.reduced:
+                self.fail(name, err)
+            else:
+                self.reduced.add(name)
+                self.emit("reduced", name, message=first_line(err))
         except Exception as err:  # whatever a task can raise fails that task and is reported
             self.fail(name, err)
         else:
@@ -416,8 +439,6 @@ class _Run:
 
 
 def _advice(err: Exception) -> str:
-    if type(err).__name__ == "OutOfMemoryError":  # torch's, which is not a MemoryError
-        err = MemoryError()
     return next((advice for kinds, advice in _ADVICE if isinstance(err, kinds)), _DEFAULT_ADVICE)
 
 

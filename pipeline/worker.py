@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +20,7 @@ from prefixquant.cluster.ray_session import assigned_gpus
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.cluster.worker_group import Membership
 from prefixquant.pipeline.access import Byproduct, InputKeys, LazyInputs, Products, Traffic
-from prefixquant.pipeline.artifacts import publish_artifact
+from prefixquant.pipeline.artifacts import publish_artifact, scratch_folder
 from prefixquant.pipeline.graph import GraphError, Task
 from prefixquant.pipeline.keys import plain_config
 from prefixquant.tasks.artifact import Artifact
@@ -62,6 +62,12 @@ class TaskContext:
 
     traffic: Traffic = field(default_factory=Traffic)
     """Bytes moved so far. Inputs and products are counted; what a task reads besides it adds itself."""
+
+    scratch: Callable[[], Path] | None = None
+    """Makes the folder for large files of this task (once); it goes when the artifact is stored."""
+
+    parts: int = 1
+    """By how much less than usual passes a block at once; 2 after the GPU's memory did not suffice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,27 +147,30 @@ class NodeCall:
     sharding: str = "rows"
     """How several processes divide what they train: `rows` (tasks/sharded_steps.py), or `zero` (DeepSpeed)."""
 
+    parts: int = 1
+    """See `TaskContext.parts`."""
+
 
 def run_member(member: Membership, call: NodeCall) -> NodeResult:
     """Run the node on one of several processes that work on it together; rank 0 publishes."""
-    with _joined(member, call.sharding, _device()) as ranks:
+    with _joined(member, call.sharding, _device(), call.parts) as ranks:
         return run_node(call, ranks)
 
 
 @contextmanager
-def _joined(member: Membership, sharding: str, device: torch.device) -> Iterator[Ranks]:
+def _joined(member: Membership, sharding: str, device: torch.device, parts: int) -> Iterator[Ranks]:
     """Give this process's place among those that train together."""
     if sharding == "zero":
         from prefixquant.cluster.deepspeed_ranks import join
 
-        with join(member, device) as zero:
+        with join(member, device, parts=parts) as zero:
             yield zero
         return
     from prefixquant.cluster.process_group import process_group
     from prefixquant.tasks.sharded_steps import ShardedRanks
 
     with process_group(member, device):
-        rows = ShardedRanks()
+        rows = ShardedRanks(parts=parts)
         yield rows
         rows.close()
 
@@ -179,7 +188,8 @@ def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | 
     torch.set_num_threads(call.cpus)
     _reset_peaks(device)
     try:
-        return _run_and_publish(call, ArtifactStore(call.store_url), device, ranks or SingleRank())
+        ranks = ranks or SingleRank(parts=call.parts)
+        return _run_and_publish(call, ArtifactStore(call.store_url), device, ranks)
     except Exception as err:
         traceback.clear_frames(err.__traceback__)  # their tensors would outlive the task with the error
         raise
@@ -188,6 +198,14 @@ def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | 
 
 
 def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device, ranks: Ranks) -> NodeResult:
+    with ExitStack() as stack:
+        scratch = cache(lambda: stack.enter_context(scratch_folder(store)))
+        return _run_in(call, store, device, ranks, scratch)
+
+
+def _run_in(
+    call: NodeCall, store: ArtifactStore, device: torch.device, ranks: Ranks, scratch: Callable[[], Path]
+) -> NodeResult:
     start = time.perf_counter()
     assert call.task.run is not None, f"{call.node} can only be yielded"
     wanted = frozenset(label for label, each in call.byproducts.items() if each.wanted)
@@ -209,6 +227,8 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
         ranks=ranks,
         post=lambda text, metrics, step: send({"text": text, "metrics": dict(metrics), "step": step}),
         traffic=traffic,
+        scratch=scratch,
+        parts=call.parts,
     )
     output = call.task.run(context)
     missing = sorted(wanted - output.byproducts.keys() - set(products.stored())) if ranks.rank == 0 else []
@@ -235,6 +255,7 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
         "peak_device_bytes": result.peak_device_bytes,
         "read_bytes": result.read_bytes,
         "metrics": result.metrics,
+        "parts": call.parts,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": _versions(),
     }

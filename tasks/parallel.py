@@ -52,6 +52,14 @@ class Ranks(Protocol):
     def size(self) -> int:
         """How many they are."""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the modules that it steps may go through torch.compile."""
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts, each with a forward of its own, a rank's share of a batch is cut to save memory."""
+
     def stepper(
         self, module: nn.Module, groups: Sequence[ParameterGroup], *, gradient_clip: float | None, precision: str
     ) -> Stepper:

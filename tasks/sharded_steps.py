@@ -30,6 +30,8 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 class ShardedRanks:
     """One of the processes of torch's default process group, which train together."""
 
+    compiles = True
+
     def __init__(self, *, cuda_graph: bool = True, parts: int = 1) -> None:
         """With `cuda_graph`, steps on a GPU are recorded once and replayed, except in fp16.
 
@@ -212,6 +214,7 @@ class ShardedStepper(AdamWStepper):
         """Leave an ordinary module with whole parameters. All ranks must call it."""
         self.complete()
         self._hook.remove()
+        SHARDS.clear()
         for each in self._tensors.values():
             each.grad = None
 
@@ -269,13 +272,14 @@ class _Cut:
 
 
 def _divisible(linear: SiteLinear) -> bool:
-    """Return whether something of a linear's weight is trained and the ranks can share its rows equally."""
+    """Return whether something of a linear's weight is trained and the ranks can share its rows equally, by fours."""
     tensors: list[Tensor] = [linear.weight]
     if linear.weight_quantizer is not None:
         tensors += [*linear.weight_quantizer.parameters(), *linear.weight_quantizer.buffers()]
     rows = {len(each) for each in tensors}
     trained = any(each.requires_grad for each in tensors)
-    return trained and rows == {linear.out_features} and linear.out_features % dist.get_world_size() == 0
+    share = 4 * dist.get_world_size()  # every part then starts on 16 bytes, the scales' as well
+    return trained and rows == {linear.out_features} and linear.out_features % share == 0
 
 
 def _own_rows(tensor: Tensor) -> Tensor:

@@ -20,13 +20,15 @@ class SingleRank:
 
     rank = 0
     size = 1
+    compiles = True
 
-    def __init__(self, *, cuda_graph: bool = True) -> None:
+    def __init__(self, *, cuda_graph: bool = True, parts: int = 1) -> None:
         """With `cuda_graph`, steps on a GPU are recorded once and replayed, except in fp16.
 
-        The module's forward then must not wait for the device, nor decide anything by the value of a tensor.
+        The module's forward then must not wait for the device, nor decide anything by the value of a tensor. A batch
+        passes in `parts`, one after the other; that changes a step by the order of floating-point sums alone.
         """
-        self._cuda_graph = cuda_graph
+        self._cuda_graph, self.parts = cuda_graph, parts
 
     def stepper(
         self, module: nn.Module, groups: Sequence[ParameterGroup], *, gradient_clip: float | None, precision: str
@@ -36,7 +38,7 @@ class SingleRank:
         `groups` holds every parameter of the module that requires a gradient. `precision`: bf16, fp16 or fp32, the
         autocast type around the forward. `gradient_clip`: largest norm of all gradients together, or None.
         """
-        return SingleStepper(module, groups, gradient_clip, precision, self._cuda_graph)
+        return SingleStepper(module, groups, gradient_clip, precision, self._cuda_graph, self.parts)
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the tensor."""
@@ -189,10 +191,11 @@ class SingleStepper(AdamWStepper):
         gradient_clip: float | None,
         precision: str,
         cuda_graph: bool,
+        parts: int,
     ) -> None:
         names = {name: each for name, each in module.named_parameters() if each.requires_grad}
         check_groups(names, groups, gradient_clip, precision)
-        self._module = module
+        self._module, self._parts = module, parts
         device = next(iter(names.values())).device
         super().__init__(
             names,
@@ -205,16 +208,17 @@ class SingleStepper(AdamWStepper):
 
     def _gradients(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         self._optimizer.zero_grad(set_to_none=True)  # the backward then writes the gradients instead of adding to zeros
-        with self._autocast():
-            loss: Tensor = self._module(*batch)
-        if self._scaler is None:
-            loss.backward()
-        else:
-            self._scaler.scale(loss).backward()
+        total = torch.zeros((), device=self._device)
+        for part in zip(*(each.chunk(self._parts) for each in batch), strict=True):
+            with self._autocast():
+                loss: Tensor = self._module(*part) * (len(part[0]) / len(batch[0]))
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            total += loss.detach()
+        if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         norm = total_norm(self._fill())
         self._clip(norm)
-        return loss.detach().float(), norm
+        return total, norm
 
 
 def check_groups(

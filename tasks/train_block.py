@@ -206,7 +206,7 @@ def train_block(
         checkpoints: where the state goes after an epoch, and where an earlier worker left it.
 
     Raises:
-        ConfigError: `config.compile` is `always` and there are several ranks.
+        ConfigError: `config.compile` is `always` and the ranks' steppers do not go with it.
         NumericalError: the second attempt diverged as well; names block, epoch and step.
     """
     compiled = _compiles(config, ranks, train.inputs)
@@ -231,11 +231,11 @@ def train_block(
 
 def _compiles(config: TrainConfig, ranks: Ranks, inputs: Stream) -> bool:
     """Return whether the training steps go through torch.compile."""
-    if config.compile == "always" and ranks.size > 1:
-        raise ConfigError(f"train.compile=always goes with one rank a block, got {ranks.size}; set it to auto or never")
+    if config.compile == "always" and not ranks.compiles:
+        raise ConfigError("train.compile=always does not go with train.sharding=zero; set it to auto or never")
     if config.compile != "auto":
         return config.compile == "always"
-    return inputs.device.type == "cuda" and ranks.size == 1 and inputs.data.shape[-1] >= COMPILED_WIDTH
+    return inputs.device.type == "cuda" and ranks.compiles and inputs.data.shape[-1] >= COMPILED_WIDTH
 
 
 class _Training:
@@ -414,7 +414,8 @@ def mean_loss(module: BlockLoss, data: BlockData, config: TrainConfig, ranks: Ra
     device = data.inputs.device
     count, length = data.inputs.data.shape[:2]
     # Equal parts, as large as may be: on a small model the launches of a forward take longer than its arithmetic.
-    size = max(each for each in range(1, max(1, FORWARD_TOKENS // length) + 1) if count % each == 0)
+    most = max(1, FORWARD_TOKENS // ranks.parts // length)
+    size = max(each for each in range(1, most + 1) if count % each == 0)
     starts = range(0, count, size)
     total = torch.zeros((), dtype=torch.float64, device=device)
     with autocast(device, config.precision):

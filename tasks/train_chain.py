@@ -148,7 +148,8 @@ def train_chain(
     """
     num_blocks = chain.config.num_hidden_layers
     windows = [rank_share(part, config.batch_size, ranks) for part in (train_NT, validation_NT) if part is not None]
-    streams = _Streams(torch.cat(windows), len(windows[0]), ends.embedding, config, chain.device)
+    forward_tokens = FORWARD_TOKENS // ranks.parts
+    streams = _Streams(torch.cat(windows), len(windows[0]), ends.embedding, config, chain.device, forward_tokens)
     records = []
     originals: dict[int, Callable[[Tensor], Tensor]] = {}  # the full-precision blocks at hand
     ahead = 0  # block that the full-precision stream enters next
@@ -256,7 +257,13 @@ class _Streams:
     the quantized one; training sequences first, then the validation ones."""
 
     def __init__(
-        self, windows_NT: Tensor, num_train: int, embedding: Tensor, config: TrainConfig, device: torch.device
+        self,
+        windows_NT: Tensor,
+        num_train: int,
+        embedding: Tensor,
+        config: TrainConfig,
+        device: torch.device,
+        forward_tokens: int,
     ) -> None:
         self.num_train, self.target = num_train, config.target
         shape = (*windows_NT.shape, embedding.shape[1])
@@ -264,7 +271,7 @@ class _Streams:
         total = count * torch.Size(shape).numel() * embedding.element_size()
         place = choose_place(total, device, offload_to_disk=config.offload_to_disk)
         self._streams = [Stream.empty(shape, embedding.dtype, place, device) for _ in range(count)]
-        self.batch = max(1, FORWARD_TOKENS // windows_NT.shape[1])
+        self.batch = max(1, forward_tokens // windows_NT.shape[1])
         full = self._streams[0].data
         for start in range(0, len(windows_NT), self.batch):
             full[start : start + self.batch] = embedding[windows_NT[start : start + self.batch]].to(full.device)

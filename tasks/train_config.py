@@ -79,7 +79,7 @@ class TrainConfig:
     """Seconds after which the state of an unfinished block is stored at the end of an epoch."""
 
     compile: Literal["auto", "always", "never"] = field(default="auto", metadata={"in_key": False})
-    """Whether steps go through torch.compile, on one process a block. Auto: on a GPU, for blocks wide enough to repay
+    """Whether steps go through torch.compile; not with sharding=zero. Auto: on a GPU, for blocks wide enough to repay
     the minute that it takes once. Like the kind of device, it changes how values in between are rounded."""
 
     def __post_init__(self) -> None:

@@ -16,7 +16,6 @@ from prefixquant.pipeline.recipe import Recipe, parse_recipe
 from prefixquant.tasks.load import LoadedModel
 from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites
 from prefixquant.tasks.model.saved import block_weights
-from prefixquant.tasks.model.sites import OnlineTransforms
 
 
 class Exported:
@@ -47,7 +46,7 @@ class Exported:
         stored = load_artifact(self.store, self.graph.key("prefix")).tensors
         prefix = (stored["keys"], stored["values"]) if stored else None
         hidden = embedding[ids_NT]
-        transforms = OnlineTransforms(r3=self.recipe.rotate.r3, r4=self.recipe.rotate.r4)
+        transforms = self.recipe.transforms
         for index in range(self.model.num_blocks):
             tensors = load_artifact(self.store, self.graph.key(f"block[{index}]")).tensors
             shapes = block_shapes(config, index)

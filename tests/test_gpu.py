@@ -7,7 +7,11 @@ from inline import run_inline, small_recipe
 
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.kernels.hadamard import hadamard_transform
+from prefixquant.pipeline.access import LazyInputs
+from prefixquant.pipeline.artifacts import encode
 from prefixquant.pipeline.materialize import materialize
+from prefixquant.pipeline.stages import run_calibrate
+from prefixquant.pipeline.worker import TaskContext
 from prefixquant.tasks.calibrate import CalibrateConfig, calibrate_blocks
 from prefixquant.tasks.evaluate import perplexity
 from prefixquant.tasks.export import load_quantized
@@ -107,3 +111,34 @@ def test_a_stream_in_host_memory_is_pinned_to_its_size_and_feeds_the_gpu():
     torch.testing.assert_close(stream.data, data * 2)
     (part,) = next(iter(batches([stream], [1], 3)))
     torch.testing.assert_close(part.cpu(), data[1:4] * 2)
+
+
+def test_what_outgrows_the_gpu_fits_in_two_parts_and_gives_the_same(tmp_path):
+    tiny.write_tiny_model(tmp_path / "model", blocks=1, hidden_size=512, intermediate_size=4096)
+    store = ArtifactStore(str(tmp_path / "store"))
+    windows = {"sequences": 64, "length": 128}  # the 8192 tokens of one forward
+    recipe = small_recipe(tmp_path, tmp_path / "model")
+    recipe["data"]["statistics"] = windows
+    graph, _, _ = run_inline(recipe | {"search": None}, store)
+    node, keys = graph.nodes["calibrate"], graph.input_keys("calibrate")
+
+    def calibrate(parts: int) -> dict[str, bytes]:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        context = TaskContext(config=node.config, inputs=LazyInputs(store, keys), device=CUDA, parts=parts)
+        return encode(run_calibrate(context).artifact)
+
+    wanted = calibrate(1)
+    whole = torch.cuda.max_memory_reserved()
+    calibrate(2)
+    halves = torch.cuda.max_memory_reserved()
+    assert halves < 0.8 * whole
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.set_per_process_memory_fraction((whole + halves) / 2 / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            calibrate(1)
+        found = calibrate(2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found == wanted  # extremes, which do not depend on how many sequences pass at once

@@ -139,7 +139,7 @@ def build_blocks(
             weights = rotate_block(
                 weights, family, head_size(model.config), index, rotate, dtype=torch.float32, device=CPU
             )
-        transforms = OnlineTransforms(r3=online.r3, r4=online.r4)
+        transforms = OnlineTransforms(r3=online.r3, r4=online.r4, r4_block=online.r4_block)
         blocks.append(Block(model.config, family, index, weights, transforms=transforms, quantize=quantize, device=CPU))
     return blocks
 

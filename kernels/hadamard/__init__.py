@@ -25,18 +25,25 @@ def has_hadamard(n: int) -> bool:
     return True
 
 
-def hadamard_transform(x: Tensor) -> Tensor:
-    """Return x @ H, H the orthonormal Hadamard matrix of the last axis' size; under autocast in its type, as a product.
+def hadamard_transform(x: Tensor, block: int | None = None) -> Tensor:
+    """Return x @ H, H the orthonormal Hadamard matrix of the last axis' size, or block-diagonal in such matrices; under
+    autocast in its type, as a product.
 
     Args:
         x: [..., n] floating point, n with a known order (`hadamard_factors`).
+        block: size of a block of H, a divisor of n with a known order; None: one block of n.
 
     Raises:
-        KernelInputError: x is not floating point, or n has no known Hadamard matrix.
+        KernelInputError: x is not floating point, or block does not divide n, or its size has no known matrix.
     """
     if not x.is_floating_point():
         raise KernelInputError(f"hadamard_transform needs a floating-point tensor, got {x.dtype}")
-    return _hadamard_transform(_as_product_reads(x), False)
+    x = _as_product_reads(x)
+    if block is None:
+        return _hadamard_transform(x, False)
+    if x.shape[-1] % block:
+        raise KernelInputError(f"hadamard_transform: blocks of {block} do not divide the {x.shape[-1]} channels")
+    return _hadamard_transform(x.unflatten(-1, (-1, block)), False).flatten(-2)
 
 
 @torch.library.custom_op("prefixquant::hadamard_transform", mutates_args=())

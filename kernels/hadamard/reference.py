@@ -93,7 +93,12 @@ def hadamard_matrix(
 
 
 def hadamard_transform_reference(x: Tensor, *, transposed: bool = False) -> Tensor:
-    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size, or x @ H^T; same shape and dtype."""
+    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size, or x @ H^T; same shape and dtype.
+
+    On a CPU float32 is transformed in float64 and rounded once, so that other implementations give the same bits.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return hadamard_transform_reference(x.double(), transposed=transposed).float()
     shape = x.shape
     *first, last = hadamard_axes(shape[-1])
     matrix = hadamard_matrix(last, x.dtype, x.device)

@@ -65,14 +65,21 @@ class SiteLinear(nn.Module):
     """Linear whose input may pass an online Hadamard transform and then a quantization site."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, *, site: Site | None = None, hadamard: bool = False
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        site: Site | None = None,
+        hadamard: bool = False,
+        hadamard_block: int | None = None,
     ) -> None:
+        """`hadamard_block`: channels that the online transform takes together; None: all."""
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         self.site = site
-        self.hadamard = hadamard
+        self.hadamard, self.hadamard_block = hadamard, hadamard_block
         self.weight_quantizer: nn.Module | None = None
         """Takes the weight to its grid in every forward while the block is trained; None: the weight is used as is."""
         self.weight_on_grid: Tensor | None = None
@@ -83,10 +90,10 @@ class SiteLinear(nn.Module):
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
         if self.hadamard:
-            if self.site is not None and self.site.is_static_tensor:
+            if self.hadamard_block is None and self.site is not None and self.site.is_static_tensor:
                 quantizer: Any = self.site.quantizer
                 return hadamard_fake_quantize(x_BTD, quantizer.scale, *quantizer.code_range)
-            x_BTD = hadamard_transform(x_BTD)
+            x_BTD = hadamard_transform(x_BTD, self.hadamard_block)
         return x_BTD if self.site is None else self.site(x_BTD)
 
     def forward(self, x_BTD: Tensor) -> Tensor:

@@ -74,8 +74,10 @@ class InputSite(nn.Module):
         ratio, layout = self.clip_ratio, self.layout(x)
         return Coded(*quantize(x, self.scale, clip_ratio=ratio, gain=gain, eps=eps, bits=self.bits, layout=layout))
 
-    def gated(self, product: Product, hadamard: bool) -> Coded:
-        """Return silu(gate) * up, through the online Hadamard transform if asked for, as codes."""
+    def gated(self, product: Product, hadamard: bool, block: int | None = None) -> Coded:
+        """Return silu(gate) * up, through the online Hadamard transform (in blocks) if asked for, as codes."""
+        if hadamard and block is not None:
+            return self._gated_in_blocks(*product.finished().chunk(2, dim=-1), block)
         if hadamard and self.bits is not None:
             gate, up = product.values.chunk(2, dim=-1)
             return Coded(
@@ -92,6 +94,14 @@ class InputSite(nn.Module):
         gate, up = product.finished().chunk(2, dim=-1)
         y = nn.functional.silu(gate) * up
         return Coded(hadamard_transform(y), None) if hadamard else self(y)
+
+    def _gated_in_blocks(self, gate: Tensor, up: Tensor, block: int) -> Coded:
+        if self.bits is None or self.scale is None:  # a token's scale looks at all of its blocks
+            transformed = hadamard_transform(nn.functional.silu(gate) * up, block)
+            return Coded(transformed, None) if self.bits is None else self(transformed)
+        gates, ups = (each.unflatten(-1, (-1, block)) for each in (gate, up))
+        codes, scale = hadamard_quantize(gates, ups, self.scale, bits=self.bits, layout=self.layout(gate))
+        return Coded(codes.flatten(-2), scale)
 
 
 class CodedNorm(nn.Module):
@@ -154,14 +164,18 @@ class CodedLinear(nn.Module):
 class CodedMLP(nn.Module):
     """SwiGLU on codes."""
 
-    def __init__(self, gate_up: CodedLinear, down: CodedLinear, site: InputSite, hadamard: bool) -> None:
+    def __init__(
+        self, gate_up: CodedLinear, down: CodedLinear, site: InputSite, hadamard: bool, block: int | None = None
+    ) -> None:
+        """`block`: channels that the online transform takes together; None: all."""
         super().__init__()
-        self.gate_up, self.down, self.site, self.hadamard = gate_up, down, site, hadamard
+        self.gate_up, self.down, self.site, self.hadamard, self.block = gate_up, down, site, hadamard, block
 
     def forward(self, x: Coded, added: Tensor) -> Tensor:
         """Return the MLP's result, added to the stream [B, T, D]."""
         # SwiGLU and the transform take longer with scales to load than the product does to apply them.
-        return self.down.add(self.site.gated(self.gate_up(x, finished=True), self.hadamard), added)
+        gate_up = self.gate_up(x, finished=True)
+        return self.down.add(self.site.gated(gate_up, self.hadamard, self.block), added)
 
 
 class CodedAttention(nn.Module):

@@ -179,3 +179,16 @@ def test_hadamard_fake_quantize_kernels_in_the_interpreter_match_the_reference()
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("matches") == 3, done.stdout
+
+
+def test_hadamard_transform_in_blocks_takes_each_block_alone():
+    x = rows(96)
+    wanted = torch.cat([hadamard_transform(part) for part in x.split(16, dim=-1)], dim=-1)
+    torch.testing.assert_close(hadamard_transform(x, 16), wanted, rtol=0, atol=1e-14)
+    with pytest.raises(KernelInputError, match="blocks of 20 do not divide the 96 channels"):
+        hadamard_transform(x, 20)
+
+
+def test_hadamard_transform_of_float32_on_a_cpu_is_rounded_once():
+    x = rows(1536).float()
+    assert torch.equal(hadamard_transform(x), hadamard_transform(x.double()).float())

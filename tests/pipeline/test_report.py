@@ -17,6 +17,7 @@ SMALL = {
     "perplexity": [{"model": "quantized", "text": "c4", "ppl": 12.344, "tokens": 99}],
     "blocks": [{"error": 0.25, "error_before_search": 0.5}],
     "training": None,
+    "tasks": [],
 }
 SEARCHED = {"error": 0.25, "error_before_search": 0.5, "search": {}}
 

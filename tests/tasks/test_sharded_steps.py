@@ -1,5 +1,6 @@
 """Ranks that own rows of every weight take the steps of a single process."""
 
+import socket
 import sys
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import torch
 from ray import cloudpickle
 
 from prefixquant.cluster.process_group import process_group
-from prefixquant.cluster.worker_group import run_group
+from prefixquant.cluster.worker_group import Membership, run_group
 from prefixquant.tasks.losses import mse
 from prefixquant.tasks.model.modules import SiteLinear
 from prefixquant.tasks.model.quantizer import round_to_nearest
@@ -91,10 +92,12 @@ class Outcome:
     clean: bool = False
 
 
-def scenario(ranks: Ranks, name, checkpoint=None, precision="fp32"):
+def scenario(ranks: Ranks, name, checkpoint=None, precision="fp32", backend=None):
     """Train; look at the loss in between; rewind by writing inside whole(); go on from a checkpoint of other ranks."""
     out = Outcome(mean=float(ranks.mean(torch.tensor(float(ranks.rank)))))
     module, groups = problem(SPECS[name], frozen=name == "frozen-weights")
+    if backend is not None:
+        module._trained = torch.compile(module._loss, backend=backend, fullgraph=True, dynamic=False)
     before = [(each, each.weight_quantizer) for each in module.modules() if isinstance(each, SiteLinear)]
     start = {name: each.detach().clone() for name, each in module.named_parameters()}
     stepper = ranks.stepper(module, groups, gradient_clip=CLIP, precision=precision)
@@ -144,6 +147,13 @@ def in_parts(member):
         return scenario(ShardedRanks(parts=2), "channel").history
 
 
+def compiled(member):
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    with process_group(member, tiny.CPU):
+        return scenario(ShardedRanks(), "channel", backend="aot_eager").history
+
+
 @pytest.fixture(scope="module")
 def outcomes(ray_session, single):
     checkpoints = {name: (single[name].parameters, single[name].state) for name in SPECS}
@@ -173,6 +183,11 @@ def test_ranks_take_the_steps_of_a_single_process(outcomes, single, size, name):
 
 def test_a_share_that_passes_in_parts_gives_the_same_steps(ray_session, single):
     got = run_group(in_parts, (), ranks=2, cpus=1, gpus=0, name="rows in parts")
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(single["channel"].history), rtol=1e-4, atol=0)
+
+
+def test_a_compiled_block_gives_the_same_steps(ray_session, single):
+    got = run_group(compiled, (), ranks=2, cpus=1, gpus=0, name="compiled rows")
     torch.testing.assert_close(torch.tensor(got), torch.tensor(single["channel"].history), rtol=1e-4, atol=0)
 
 
@@ -211,3 +226,26 @@ def test_half_precision_is_that_of_a_single_process(outcomes, single, size, prec
     # Same autocast, other sums: bf16 rounds activations and the gradients that travel by 0.4 %, fp16 by 0.05 %.
     torch.testing.assert_close(got, wanted, rtol={"bf16": 0.02, "fp16": 0.005}[precision], atol=0)
     assert got.tolist() != outcomes[size]["channel"].history
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_with_its_collectives_takes_the_steps_of_the_eager_loop(precision):
+    device, histories = torch.device("cuda"), []
+    for ranks in (None, False, True):
+        module, groups = problem(SPECS["channel"])
+        module.to(device)
+        with socket.create_server(("127.0.0.1", 0)) as place:
+            port = place.getsockname()[1]
+        with process_group(Membership(0, 1, "127.0.0.1", port), device):
+            chosen = SingleRank(cuda_graph=False) if ranks is None else ShardedRanks(cuda_graph=ranks)
+            stepper = chosen.stepper(module, groups, gradient_clip=CLIP, precision=precision)
+            history = []
+            for step, batch in enumerate(data()):
+                stepper.set_learning_rates([1e-3 / (step + 1)] * len(groups))
+                history.append([float(each) for each in stepper.step(*(each.to(device) for each in batch))])
+        histories.append(torch.tensor(history))
+    single, eager, graphed = histories
+    torch.testing.assert_close(graphed, eager, rtol=1e-5, atol=0)
+    torch.testing.assert_close(eager, single, rtol={"fp32": 1e-4, "bf16": 0.02}[precision], atol=0)
