@@ -83,6 +83,11 @@ class Manifest:
     meta: dict[str, Any]
     """Whatever the publisher wanted to remember; JSON types."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the data objects."""
+        return sum(entry.size for entry in self.files.values())
+
 
 class ArtifactStore:
     """A store of immutable artifacts by key and of mutable run records, at a local path or any fsspec URL.
@@ -237,7 +242,7 @@ class ArtifactStore:
 
     def size(self, key: str) -> int:
         """Return the bytes of the artifact's data objects. Raises as `manifest` does."""
-        return sum(entry.size for entry in self.manifest(key).files.values())
+        return self.manifest(key).size
 
     def write_ref(self, run_id: str, record: Mapping[str, Any]) -> None:
         """Store or replace the record of a run, at once or not at all. Raises StoreUnwritable."""

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from prefixquant.cluster.process_group import process_group
 from prefixquant.cluster.worker_group import Membership
-from prefixquant.tasks.bench_training import SHAPES, build
+from prefixquant.tasks.bench_training import build
 from prefixquant.tasks.losses import mse
+from prefixquant.tasks.model.shapes import SHAPES
 from prefixquant.tasks.parallel import ParameterGroup, Stepper
 from prefixquant.tasks.sharded_steps import ShardedRanks
 from prefixquant.tasks.steps import SingleRank

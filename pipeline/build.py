@@ -1,7 +1,7 @@
 """From a recipe and a model to the graph of a run."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,12 +9,14 @@ from prefixquant.pipeline.build_evaluation import Evaluation, is_result
 from prefixquant.pipeline.build_training import Training, training_windows
 from prefixquant.pipeline.estimates import Shape, estimate
 from prefixquant.pipeline.graph import Graph, Node
+from prefixquant.pipeline.machines import CPU, Machine, find_machine
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.report import REPORT, ReportNode
 from prefixquant.pipeline.stage_profiles import EXPORT_PROFILE, PROFILE, ProfileNode
 from prefixquant.pipeline.stages import (
     BLOCK,
     CALIBRATE,
+    CHEAP,
     COMPUTE,
     EXPORT,
     LOAD,
@@ -60,21 +62,24 @@ class Source:
 
 def load_node(source: Source) -> Node:
     """Return the node that looks the checkpoint over."""
-    return Node(name="load", task=LOAD, config=LoadNode(fingerprint=source.fingerprint, path=str(source.path)))
+    config = LoadNode(fingerprint=source.fingerprint, path=str(source.path))
+    return Node(name="load", task=LOAD, config=config, resources=CHEAP)
 
 
-def build_graph(recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool = False, workers: int = 1) -> Graph:
+def build_graph(
+    recipe: Recipe, source: Source, model: LoadedModel, *, machine: Machine | None = None, workers: int = 1
+) -> Graph:
     """Return the graph of a run; its targets are `targets(graph)`.
 
-    `gpu`: whether tasks will run on GPUs; it serves the estimates only. `workers`: tasks that run at the same time; it
-    serves to cut what is measured into parts, and changes no key but theirs.
+    `machine`: where tasks will run, None for CPU cores; it serves the estimates only. `workers`: tasks that run at the
+    same time; it serves to cut what is measured into parts, and changes no key but theirs.
 
     Raises:
         ConfigError, UnsupportedModelError: recipe and model do not go together.
         DataError: a text's file is missing.
     """
     check_fit(recipe, model)
-    graph = Graph(_Builder(recipe, source, model, gpu=gpu, workers=workers).nodes())
+    graph = Graph(_Builder(recipe, source, model, machine or find_machine(CPU), workers).nodes())
     graph.check()
     return graph
 
@@ -122,13 +127,14 @@ def _rounds_after_training(recipe: Recipe) -> bool:
 
 
 class _Builder:
-    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool, workers: int) -> None:
+    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel, machine: Machine, workers: int) -> None:
         self.recipe, self.model = recipe, model
         self.path = str(source.path)
         self.source = source
         self.dtype = model.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
         self.transforms = recipe.transforms
-        self.shape = Shape.of(model, self.dtype, recipe, gpu=gpu)
+        self.shape = Shape.of(model, self.dtype, recipe)
+        self.machine = machine
         self.labels = text_labels(recipe.evaluate.texts)
         self.evaluation = Evaluation.of(recipe, self.labels, workers)
         self.training = None if recipe.train is None else Training.of(recipe, recipe.train, model, self.dtype)
@@ -140,30 +146,30 @@ class _Builder:
     def nodes(self) -> list[Node]:
         """Return all nodes, in the order in which ready ones should start."""
         recipe = self.recipe
-        load = load_node(self.source)
-        found = [replace(load, estimate=estimate(load, self.shape)), *self._tokens(), *self._rotate()]
+        found = [*self._estimated([load_node(self.source)]), *self._tokens(), *self._rotate()]
         found += self._quantized(recipe.prefix, "")
         if self.training is not None:
-            found += [replace(node, estimate=estimate(node, self.shape)) for node in self.training.nodes()]
+            found += self._estimated(self.training.nodes())
         found += [self._export(), *self._profiles()]
-        evaluated = self.evaluation.requests()
+        evaluated = self._estimated(self.evaluation.requests())
         if recipe.evaluate.full_precision:
             evaluated += self._evaluate("full_precision", "")
         evaluated += self._evaluate("quantized", "")
         if self.training is not None and recipe.evaluate.untrained:
             evaluated += self._evaluate("quantized", UNTRAINED)
         if self.sequential is not None:
-            found += [replace(node, estimate=estimate(node, self.shape)) for node in self.sequential.nodes()]
+            found += self._estimated(self.sequential.nodes())
             evaluated += self._evaluate("quantized", SEQUENTIAL)
         if recipe.evaluate.without_prefix:
             found += self._quantized(FindPrefixConfig(tokens=()), WITHOUT_PREFIX)
             evaluated += self._evaluate("quantized", WITHOUT_PREFIX)
-        evaluated = [replace(node, estimate=estimate(node, self.shape)) for node in evaluated]
         return [*found, *evaluated, self._report([node for node in evaluated if is_result(node)])]
 
     def _node(self, **fields: object) -> Node:
-        node = Node(**fields)  # type: ignore[arg-type]
-        return replace(node, estimate=estimate(node, self.shape))
+        return self._estimated([Node(**fields)])[0]  # type: ignore[arg-type]
+
+    def _estimated(self, nodes: Iterable[Node]) -> list[Node]:
+        return [replace(node, estimate=estimate(node, self.shape, self.machine)) for node in nodes]
 
     def _tokens(self) -> list[Node]:
         recipe = self.recipe
@@ -189,6 +195,7 @@ class _Builder:
                     split=text.split,
                 ),
                 inputs={"load": "load"},
+                resources=CHEAP,
             )
             for name, text, windows, where in wanted
         ]
@@ -298,6 +305,7 @@ class _Builder:
                 dtype=self.dtype,
             ),
             inputs={"load": "load", "ends": "rotate[ends]", "prefix": "prefix", "blocks": self._blocks("")},
+            resources=CHEAP,
         )
 
     def _profiles(self) -> list[Node]:
@@ -342,7 +350,7 @@ class _Builder:
             dtype=self.dtype,
             path=self.path,
         )
-        return self.evaluation.nodes(model, suffix, of_variant)
+        return self._estimated(self.evaluation.nodes(model, suffix, of_variant))
 
     def _report(self, evaluated: list[Node]) -> Node:
         inputs: dict[str, str | tuple[str, ...]] = {"prefix": "prefix", "blocks": self._blocks("")}
@@ -358,6 +366,7 @@ class _Builder:
                 segments=self.recipe.train.segments if self.recipe.train is not None else 1,
             ),
             inputs=inputs,
+            resources=CHEAP,
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefixquant.pipeline.graph import Node, Resources, Task
 from prefixquant.pipeline.recipe import Recipe
-from prefixquant.pipeline.stages import COMPUTE
+from prefixquant.pipeline.stages import CHEAP, COMPUTE
 from prefixquant.pipeline.stages_evaluate import (
     EVALUATE,
     EVALUATE_PART,
@@ -60,6 +60,7 @@ class Evaluation:
                 name=f"requests[{harness.name}]",
                 task=REQUESTS_TASK,
                 config=RequestsNode(harness=harness, fingerprint=self.fingerprint, folder=self._folder),
+                resources=CHEAP,
             )
             for harness in self._harnesses
         ]
@@ -144,4 +145,4 @@ def _in_parts(whole: Node, part: Task, count: int, keeps: tuple[str, ...] = ()) 
         for shard in range(count)
     ]
     merged = {name: whole.inputs[name] for name in keeps} | {"parts": tuple(each.name for each in parts)}
-    return [*parts, replace(whole, inputs=merged, key_inputs=whole.inputs, resources=Resources())]
+    return [*parts, replace(whole, inputs=merged, key_inputs=whole.inputs, resources=CHEAP)]

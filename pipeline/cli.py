@@ -6,7 +6,6 @@ Exit status: 0 done, 1 a task failed, 2 the input is wrong.
 import json
 import os
 import sys
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +21,7 @@ from prefixquant.pipeline.cli_eval import evaluate
 from prefixquant.pipeline.cli_export import export
 from prefixquant.pipeline.cli_jobs import job_app, submit
 from prefixquant.pipeline.cli_options import DEFAULT_STORE, JsonOption, Overrides, RecipeArgument, StoreOption
+from prefixquant.pipeline.cli_plan import plan
 from prefixquant.tasks.errors import PrefixQuantError
 
 app = typer.Typer(
@@ -88,57 +88,6 @@ def run(
 
 
 @app.command()
-def plan(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    store: StoreOption = DEFAULT_STORE,
-    as_json: JsonOption = False,
-) -> None:
-    """Show every task, whether it will run and why, and what it is expected to cost. Runs nothing."""
-    from prefixquant.pipeline.recipe import load_recipe
-    from prefixquant.pipeline.run import plan_recipe
-
-    _, planned = plan_recipe(load_recipe(recipe, overrides or ()), store)
-    rows = [
-        {
-            "task": entry.node.name,
-            "state": entry.state,
-            "reason": entry.reason,
-            "key": entry.key,
-            "seconds": entry.node.estimate.seconds if entry.node.estimate else None,
-            "host_bytes": entry.node.estimate.host_bytes if entry.node.estimate else None,
-            "device_bytes": entry.node.estimate.device_bytes if entry.node.estimate else None,
-            "stored_bytes": entry.node.estimate.stored_bytes if entry.node.estimate else None,
-        }
-        for entry in planned.entries
-    ]
-    total = planned.total
-    if as_json:
-        summary = asdict(total)
-        print(json.dumps({"tasks": rows, "total": summary}))
-        return
-    table = Table("task", "will", "why", "est. s", "est. GB", "est. GPU GB")
-    for entry in planned.entries:
-        cost = entry.node.estimate
-        shown = cost is not None and entry.state == "run"
-        table.add_row(
-            escape(entry.node.name),
-            entry.state,
-            escape(entry.reason),
-            f"{cost.seconds:.1f}" if cost is not None and shown else "",
-            f"{cost.host_bytes / 1e9:.1f}" if cost is not None and shown else "",
-            f"{cost.device_bytes / 1e9:.1f}" if cost is not None and shown else "",
-        )
-    Console().print(table)
-    worker = "one GPU" if total.device_bytes else "one CPU core"
-    print(
-        f"{len(planned.names('run'))} to run, {len(planned.names('cached'))} cached; estimated for {worker}: "
-        f"{total.seconds:.0f} s of work, {total.host_bytes / 1e9:.1f} GB at most in a task, "
-        f"{total.stored_bytes / 1e9:.2f} GB stored"
-    )
-
-
-@app.command()
 def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """List the runs that the store knows."""
     from prefixquant.pipeline.inspect import list_run_records
@@ -187,6 +136,7 @@ def gc(
     )
 
 
+app.command()(plan)
 app.command()(bench)
 app.command()(export)
 app.command("eval")(evaluate)

@@ -40,7 +40,7 @@ class Resources:
     """A fraction below 1, or a whole number. Honoured only if the cluster has GPUs; otherwise the task runs on CPU."""
 
     cpus: int = 1
-    """CPU cores, which is also the number of torch threads."""
+    """CPU cores, which is also the number of torch threads. 0: so cheap that it waits for no core."""
 
     gang: Gang | None = None
     """Given: it may run as several processes, and the others are of each. None: it is one process."""
@@ -61,6 +61,12 @@ class Estimate:
 
     stored_bytes: int
     """Size of the artifact."""
+
+    read_bytes: int = 0
+    """Read from store and checkpoint."""
+
+    disk_bytes: int = 0
+    """Of the local disk while it runs, the store aside."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

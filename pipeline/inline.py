@@ -10,6 +10,7 @@ from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.artifacts import load_artifact
 from prefixquant.pipeline.build import Source, build_graph, load_node
 from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.machines import local_machine
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.source import resolve_source, source_fingerprint
 from prefixquant.pipeline.worker import Messages, NodeCall, NodeResult, run_node
@@ -36,7 +37,8 @@ class InlineRuns:
         load = Graph([load_node(source)])
         self.run(load, ["load"])
         model = LoadedModel.from_artifact(load_artifact(self.store, load.key("load")))
-        return build_graph(recipe, source, model, gpu=self.device.type == "cuda"), model
+        machine = local_machine() if self.device.type == "cuda" else None
+        return build_graph(recipe, source, model, machine=machine), model
 
     def run(self, graph: Graph, targets: Iterable[str]) -> dict[str, NodeResult]:
         """Make the targets and all that they are made of; return what each node that ran has cost.

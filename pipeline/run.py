@@ -19,6 +19,7 @@ from prefixquant.pipeline.artifacts import load_artifact, load_record
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
 from prefixquant.pipeline.build_evaluation import is_result
 from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.machines import local_machine, machine_of
 from prefixquant.pipeline.output import check_place, write_model
 from prefixquant.pipeline.plan import Plan, make_plan
 from prefixquant.pipeline.progress import make_progress
@@ -126,16 +127,31 @@ def open_store(url: str) -> ArtifactStore:
     return store
 
 
-def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
-    """Return the graph of a recipe and what a run of it would do; starts nothing and writes nothing."""
+def known_model(recipe: Recipe, store: ArtifactStore) -> tuple[Source, LoadedModel]:
+    """Return a recipe's model without its weights, as the store has it or else read now; writes nothing."""
     source = prepare(recipe)
+    key = Graph([load_node(source)]).key("load")
+    if store.has(key):
+        return source, LoadedModel.from_artifact(load_artifact(store, key))
+    return source, model_at(str(source.path))
+
+
+def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
+    """Return the graph of a recipe and what a run of it would do here; starts nothing and writes nothing."""
     store = ArtifactStore(store_url)
-    alone = Graph([load_node(source)])
-    key = alone.key("load")
-    model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else model_at(str(source.path))
-    workers = torch.cuda.device_count() or os.cpu_count() or 1  # of the local cluster that a run would start
-    graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available(), workers=workers)
-    return graph, make_plan(graph, targets(graph), store, _previous(store, recipe.name))
+    source, model = known_model(recipe, store)
+    graph = build_graph(recipe, source, model, machine=local_machine(), workers=local_workers())
+    return graph, plan_graph(graph, store, recipe.name)
+
+
+def local_workers() -> int:
+    """Return how many tasks run at once on the local cluster that a run would start."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def plan_graph(graph: Graph, store: ArtifactStore, name: str) -> Plan:
+    """Return what a run of a recipe's graph would do, with the reasons since the last run of a recipe of this name."""
+    return make_plan(graph, targets(graph), store, _previous(store, name))
 
 
 def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
@@ -190,10 +206,15 @@ def _run_once(
         _require(loads)
         loaded = loads.results
     model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
-    graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
+    graph, workers = build_graph(recipe, source, model, machine=local_machine()), 1
     if any(is_result(node) and not store.has(graph.key(name)) for name, node in graph.nodes.items()):
-        graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available(), workers=session().workers)
-    run = _Tracked(recipe, graph, store, options)
+        workers = session().workers
+        graph = build_graph(recipe, source, model, machine=local_machine(), workers=workers)
+
+    def rebuild(gpu: tuple[str, int] | None) -> Graph:
+        return build_graph(recipe, source, model, machine=machine_of(gpu), workers=workers)
+
+    run = _Tracked(recipe, graph, store, options, rebuild)
     plan = make_plan(graph, targets(graph), store, _previous(store, recipe.name))
     with run.recorded():
         result = run.execute(plan, session)
@@ -277,8 +298,16 @@ def _block_of(node: str) -> int:
 class _Tracked:
     """A run's record in the store and in MLflow."""
 
-    def __init__(self, recipe: Recipe, graph: Graph, store: ArtifactStore, options: RunOptions) -> None:
-        self.recipe, self.graph, self.store, self.options = recipe, graph, store, options
+    def __init__(
+        self,
+        recipe: Recipe,
+        graph: Graph,
+        store: ArtifactStore,
+        options: RunOptions,
+        rebuild: Callable[[tuple[str, int] | None], Graph],
+    ) -> None:
+        """`rebuild` returns the graph with the estimates of the cluster's GPU, given by name and memory."""
+        self.recipe, self.graph, self.store, self.options, self.rebuild = recipe, graph, store, options, rebuild
         wanted = "".join(graph.key(name) for name in targets(graph))
         self.run_id = f"{recipe.name}-{hashlib.sha256(wanted.encode()).hexdigest()[:10]}"
         self.tracker = Tracker()
@@ -305,8 +334,8 @@ class _Tracked:
                 progress(event)
                 self._track(event)
 
-            wanted, ranks = targets(self.graph), self.options.ranks
-            result = execute(self.graph, wanted, self.store, session(), ranks=ranks, on_event=on_event)
+            here, wanted, ranks = session(), targets(self.graph), self.options.ranks
+            result = execute(self.rebuild(here.gpu()), wanted, self.store, here, ranks=ranks, on_event=on_event)
         _require(result)
         return result
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Literal
 
@@ -20,15 +20,18 @@ from prefixquant.cluster.errors import (
     StoreUnreadable,
     StoreUnwritable,
 )
+from prefixquant.cluster.inline_session import InlineSession
 from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError, first_line
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.graph import Graph, Node
+from prefixquant.pipeline.placement import Admission, Request, ranks_for, request_of, upward_ranks
 from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
 from prefixquant.pipeline.worker import NodeCall, NodeResult, run_member, run_node
 from prefixquant.tasks.errors import CheckpointError, ConfigError, DataError, NumericalError, UnsupportedModelError
 
 _MAX_REPAIRS = 2  # of one artifact
+_STREAMS_A_SLOT = 4  # ephemeral artifacts that wait for a reader, for each GPU, or core without one
 _POLL_S = 1.0  # so that signals are heard while tasks run
 
 _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
@@ -50,6 +53,9 @@ _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     ),
     (TaskLostError, "The worker died each time, mostly for lack of memory. Run again to go on from here."),
 )
+Session = RaySession | InlineSession
+"""Where a run's tasks go."""
+
 _INPUT_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedModelError)
 _DEFAULT_ADVICE = "Run again to go on from here; what is finished is stored."
 
@@ -135,7 +141,7 @@ def execute(
     graph: Graph,
     targets: Collection[str],
     store: ArtifactStore,
-    session: RaySession,
+    session: Session,
     *,
     ranks: int | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -175,7 +181,7 @@ class _Run:
         graph: Graph,
         targets: Collection[str],
         store: ArtifactStore,
-        session: RaySession,
+        session: Session,
         ranks: int | None,
         on_event: Callable[[Event], None],
     ) -> None:
@@ -191,6 +197,12 @@ class _Run:
         self.pending: dict[Ref, str] = {}
         durable = [name for name in graph.order if not graph.nodes[name].task.ephemeral]
         self.kept = {*targets, *durable}
+        self.requests = {name: self.request(node) for name, node in graph.nodes.items()}
+        slots = session.gpus or session.cpus
+        self.admission = Admission(session.cpus, session.gpus, streams=_STREAMS_A_SLOT * slots)
+        costs = {name: node.estimate.seconds if node.estimate else 1.0 for name, node in graph.nodes.items()}
+        ranks_up = upward_ranks(graph, costs)
+        self.first_to_last = sorted(graph.order, key=lambda name: -ranks_up[name])
 
     def loop(self) -> None:
         """Return when nothing is running and nothing more can be started."""
@@ -205,14 +217,18 @@ class _Run:
                 self.collect(ref)
 
     def submit_ready(self) -> None:
-        """Start every node that has to run and has its inputs."""
+        """Start nodes that have to run and have their inputs, the longest way to the end first, while there is room.
+
+        The cluster gets little more than it can run at once (`placement.Admission`).
+        """
         states = decide(self.graph, self.targets, self.stored, self.failures)
         busy = {self.graph.key(name) for name in self.pending.values()}
         found = False
         for name, state in states.items():
             if state == "cached" and name not in self.states:
                 self.set_state(name, "cached")
-            if state != "run" or name in self.failures:
+        for name in self.first_to_last:
+            if states[name] != "run" or name in self.failures:
                 continue
             key = self.graph.key(name)
             if key in busy or any(self.graph.key(parent) not in self.stored for parent in self.graph.parents(name)):
@@ -223,14 +239,23 @@ class _Run:
                 self.set_state(name, "cached")
                 found = True
                 continue
+            node = self.graph.nodes[name]
+            streams = self.waiting_streams() if node.task.ephemeral else None
+            if not self.admission.admit(name, self.requests[name], self.num_ranks(node), waiting_streams=streams):
+                continue
             self.submit(name)
             busy.add(key)
         if found:
             self.submit_ready()
 
+    def waiting_streams(self) -> int:
+        """Return how many ephemeral artifacts there are or are in the making."""
+        names = [name for name, node in self.graph.nodes.items() if node.task.ephemeral]
+        under_way = set(self.pending.values())
+        return sum(self.graph.key(name) in self.stored or name in under_way for name in names)
+
     def submit(self, name: str) -> None:
-        node = self.graph.nodes[name]
-        cpus, gpus = self.session.fit(node.resources.cpus, node.resources.gpus)
+        node, request = self.graph.nodes[name], self.requests[name]
         later, gang = self.decide_rest(), node.resources.gang
         byproducts = {
             label: Byproduct(
@@ -248,18 +273,30 @@ class _Run:
             key=self.graph.key(name),
             input_keys=self.graph.input_keys(name),
             byproducts=byproducts,
-            cpus=cpus,
+            cpus=max(1, request.cpus),
             mailbox=self.session.mailbox() if gang is not None else None,
             sharding="zero" if gang is None else gang.sharding,
             parts=2 if name in self.reduced else 1,
         )
         ranks = self.num_ranks(node)
         if ranks > 1:
-            ref = self.session.submit_group(run_member, call, name=name, ranks=ranks, cpus=cpus, gpus=gpus)
+            ref = self.session.submit_group(
+                run_member, call, name=name, ranks=ranks, cpus=request.cpus, gpus=request.gpus
+            )
         else:
-            ref = self.session.submit(run_node, call, name=name, cpus=cpus, gpus=gpus)
+            room = {"memory": request.memory_bytes, "disk": request.disk_bytes}
+            arguments = (call, None, self.session.device)
+            ref = self.session.submit(run_node, *arguments, name=name, cpus=request.cpus, gpus=request.gpus, **room)
         self.pending[ref] = name
         self.emit("submitted", name)
+
+    def request(self, node: Node) -> Request:
+        """Return what the node, or each of its ranks, asks for, cut to what is there. Ranks share no GPU."""
+        gpu = self.session.gpu()
+        alone = self.num_ranks(node) > 1
+        wanted = request_of(node, None if gpu is None or alone else gpu[1])
+        cpus, gpus = self.session.fit(wanted.cpus, wanted.gpus)
+        return replace(wanted, cpus=cpus, gpus=gpus)
 
     def num_ranks(self, node: Node) -> int:
         """Return how many processes the node runs as: what was asked for, or what its share of the GPUs has room for.
@@ -273,8 +310,7 @@ class _Run:
             if gang.batch % self.ranks:
                 raise ConfigError(f"--ranks {self.ranks} does not divide train.batch_size {gang.batch}")
             return self.ranks
-        most = max(1, self.session.gpus // gang.shares)
-        return max(ranks for ranks in range(1, min(most, gang.batch) + 1) if gang.batch % ranks == 0)
+        return ranks_for(self.session.gpus, gang.shares, gang.batch)
 
     def read_messages(self) -> None:
         """Pass on what the running tasks say of themselves."""
@@ -297,6 +333,7 @@ class _Run:
     def collect(self, ref: Ref) -> None:
         """Take in the end of one task."""
         name = self.pending.pop(ref)
+        self.admission.end(name)
         try:
             result: NodeResult = self.session.result(ref)
         except (ArtifactCorrupted, ArtifactMissing) as err:

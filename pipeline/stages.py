@@ -31,6 +31,9 @@ from prefixquant.tasks.texts import TextConfig, WindowsConfig, cut_windows, draw
 COMPUTE = Resources(gpus=1, cpus=1)
 """Of the tasks that pass data through blocks."""
 
+CHEAP = Resources(cpus=0)
+"""Of the tasks that compute nothing to speak of: none of them waits behind one that does."""
+
 BATCH_TOKENS = 8192
 """Tokens of one forward through a block."""
 
@@ -101,8 +104,11 @@ def run_rotate(context: TaskContext) -> TaskOutput:
     family, checkpoint = model.family, checkpoint_at(config.path, model.index)
     options: dict[str, Any] = {"dtype": torch_dtype(config.dtype), "device": context.device}
     if config.block is None:
-        return TaskOutput(_ends_artifact(rotate_ends(read_ends(checkpoint, family), config.rotate, **options), model))
+        ends = read_ends(checkpoint, family)
+        context.traffic.read += sum(part.nbytes for part in (ends.embedding, ends.gain, ends.head))
+        return TaskOutput(_ends_artifact(rotate_ends(ends, config.rotate, **options), model))
     weights = checkpoint.read_block(family, config.block, block_shapes(model.config, config.block))
+    context.traffic.read += sum(weight.nbytes for weight in weights.values())
     head_dim = head_size(model.config)
     return TaskOutput(Artifact(rotate_block(weights, family, head_dim, config.block, config.rotate, **options)))
 

@@ -110,6 +110,7 @@ def _nlls(context: TaskContext, config: ModelNode, windows_NT: Tensor) -> Tensor
     model = LoadedModel.from_artifact(context.inputs["load"])
     if config.variant == "full_precision":
         original = read_ends(checkpoint_at(config.path, model.index), model.family)
+        context.traffic.read += sum(part.nbytes for part in (original.embedding, original.gain, original.head))
         dtype = torch_dtype(config.dtype)
         ends = Ends(*(part.to(dtype) for part in (original.embedding, original.gain, original.head)))
         blocks = _original_blocks(context, config, model)
@@ -130,7 +131,9 @@ def _original_blocks(context: TaskContext, config: ModelNode, model: LoadedModel
     checkpoint, dtype = checkpoint_at(config.path, model.index), torch_dtype(config.dtype)
     shapes, transforms = block_shapes(model.config, 0), OnlineTransforms(r3=False, r4=False)
     for index in range(model.num_blocks):
-        weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index, shapes).items()}
+        stored = checkpoint.read_block(model.family, index, shapes)
+        context.traffic.read += sum(weight.nbytes for weight in stored.values())
+        weights = {name: weight.to(dtype) for name, weight in stored.items()}
         block = Block(
             model.config, model.family, index, weights, transforms=transforms, quantize=None, device=context.device
         )

@@ -19,7 +19,7 @@ import torch
 from prefixquant.cluster.ray_session import assigned_gpus
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.cluster.worker_group import Membership
-from prefixquant.pipeline.access import Byproduct, InputKeys, LazyInputs, Products
+from prefixquant.pipeline.access import Byproduct, InputKeys, LazyInputs, Products, Traffic
 from prefixquant.pipeline.artifacts import publish_artifact, scratch_folder
 from prefixquant.pipeline.graph import GraphError, Task
 from prefixquant.pipeline.keys import plain_config
@@ -59,6 +59,9 @@ class TaskContext:
 
     post: Post = post_nothing
     """Tells the run how far the task is."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+    """Bytes moved so far. Inputs and products are counted; what a task reads besides it adds itself."""
 
     scratch: Callable[[], Path] | None = None
     """Makes the folder for large files of this task (once); it goes when the artifact is stored."""
@@ -102,6 +105,12 @@ class NodeResult:
 
     byproducts: tuple[str, ...] = ()
     """Labels of its byproducts that are in the store."""
+
+    read_bytes: int = 0
+    """Read from the store and the checkpoint."""
+
+    written_bytes: int = 0
+    """Written to the store, byproducts included."""
 
 
 class Messages(Protocol):
@@ -166,7 +175,7 @@ def _joined(member: Membership, sharding: str, device: torch.device, parts: int)
         rows.close()
 
 
-def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | None = None) -> NodeResult:
+def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | str | None = None) -> NodeResult:
     """Run the task, publish its artifact and then its byproducts, and return what it cost.
 
     `ranks`: the processes that run it together; None: it is this one. `device`: where; None: the GPU that Ray has
@@ -175,7 +184,7 @@ def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | 
     Raises what the task raises, ArtifactMissing or ArtifactCorrupted for an input, StoreUnwritable.
     """
     _freeze_imports()
-    device = device or _device()
+    device = _device() if device is None else torch.device(device)
     torch.set_num_threads(call.cpus)
     _reset_peaks(device)
     try:
@@ -201,17 +210,23 @@ def _run_in(
     assert call.task.run is not None, f"{call.node} can only be yielded"
     wanted = frozenset(label for label, each in call.byproducts.items() if each.wanted)
     send = _sender(call, ranks)
+    traffic = Traffic()
     products = Products(
-        store, call.byproducts, publishes=ranks.rank == 0, on_published=lambda label: send({"product": label})
+        store,
+        call.byproducts,
+        publishes=ranks.rank == 0,
+        on_published=lambda label: send({"product": label}),
+        traffic=traffic,
     )
     context = TaskContext(
         config=call.config,
-        inputs=LazyInputs(store, call.input_keys),
+        inputs=LazyInputs(store, call.input_keys, traffic),
         device=device,
         byproducts=wanted,
         products=products,
         ranks=ranks,
         post=lambda text, metrics, step: send({"text": text, "metrics": dict(metrics), "step": step}),
+        traffic=traffic,
         scratch=scratch,
         parts=call.parts,
     )
@@ -225,6 +240,7 @@ def _run_in(
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         stored_bytes=0,
         metrics={name: float(value) for name, value in output.metrics.items()},
+        read_bytes=traffic.read,
     )
     if ranks.rank != 0:
         return result
@@ -237,6 +253,7 @@ def _run_in(
         "seconds": result.seconds,
         "peak_host_bytes": result.peak_host_bytes,
         "peak_device_bytes": result.peak_device_bytes,
+        "read_bytes": result.read_bytes,
         "metrics": result.metrics,
         "parts": call.parts,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -250,7 +267,8 @@ def _run_in(
     return replace(
         result,
         seconds=time.perf_counter() - start,
-        stored_bytes=sum(entry.size for entry in manifest.files.values()),
+        stored_bytes=manifest.size,
+        written_bytes=manifest.size + traffic.written,
         byproducts=products.stored(),
     )
 

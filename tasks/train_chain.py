@@ -56,7 +56,8 @@ class Chain:
     def quantized(self, block: int, tensors: Mapping[str, Tensor]) -> Block:
         """Return a stored block as the runtime would run it."""
         shapes = block_shapes(self.config, block)
-        weights, sites = block_weights(tensors, shapes, self.family, block, self.quantize.weights, self.dtype)
+        spec = self.quantize.weights
+        weights, sites = block_weights(tensors, shapes, self.family, block, spec, self.dtype, self.device)
         built = self._build(block, weights, self.quantize)
         load_sites(built.sites, sites, self.device)
         return built
@@ -213,11 +214,12 @@ def _train_one(
     spec = chain.quantize.weights
     prefix = block_prefix(chain.prefix, index, chain.device)
     block = chain.quantized(index, searched)
-    start = saved_weights(searched, shapes, chain.family, index, spec)
+    start = saved_weights(searched, shapes, chain.family, index, spec, chain.device)
     originals = {role: weights[f"{role}.weight"] for role in chain.family.linears}
     if spec is not None and gptq is not None and gptq.training == "start":
         originals = {role: weight.dequantize(spec) for role, weight in start.items()}
     trainables = make_trainable(block, originals, start, spec)
+    del start  # its codes would lie on the device beside the training
     result = train_block(
         block,
         trainables,

@@ -22,6 +22,7 @@ from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.quantize_block import quantize_block
 from prefixquant.tasks.rotate import RotateConfig, rotate_block
 from prefixquant.tasks.search import SearchConfig
+from prefixquant.tasks.streams import Stream, advance, batches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,6 +97,20 @@ def test_loaded_model_on_gpu_equals_cpu(tmp_path):
     on_cpu = load_quantized(tmp_path / "out")(input_ids=ids).logits
     # a value on a rounding boundary may move one code; a wrong device or scale would be far off
     assert (on_gpu - on_cpu).norm() / on_cpu.norm() < 0.05
+
+
+def test_a_stream_in_host_memory_is_pinned_to_its_size_and_feeds_the_gpu():
+    data = torch.randn(5, 100, 48, generator=torch.Generator().manual_seed(0))
+    before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    stream = Stream.empty(data.shape, data.dtype, "host", CUDA)
+    assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) == before  # not from torch's own allocator
+    stream.data.copy_(data)
+    assert stream.data.is_pinned()
+    assert stream.data[2:].is_pinned()
+    advance(lambda part: part * 2, stream, stream, 2, "here")
+    torch.testing.assert_close(stream.data, data * 2)
+    (part,) = next(iter(batches([stream], [1], 3)))
+    torch.testing.assert_close(part.cpu(), data[1:4] * 2)
 
 
 def test_what_outgrows_the_gpu_fits_in_two_parts_and_gives_the_same(tmp_path):

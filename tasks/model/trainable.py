@@ -94,8 +94,9 @@ def make_trainable(
     found: list[Trainable] = []
     for role in block.family.linears:
         linear = block.linear(role)
-        linear.weight = nn.Parameter(weights[role].to(linear.weight.device, torch.float32, copy=True))
-        step = float(weights[role].float().abs().mean()) / 8  # without a grid: about a step of 4 bits
+        there = weights[role].to(linear.weight.device)  # first, so that the device converts
+        linear.weight = nn.Parameter(there.to(torch.float32, copy=True))
+        step = float(there.float().abs().mean()) / 8  # without a grid: about a step of 4 bits
         if role in quantized:
             assert spec is not None
             grid = quantized[role]

@@ -19,10 +19,11 @@ from transformers import LlamaForCausalLM, StaticCache
 from prefixquant.kernels.dispatch import uses_triton
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.cache import cache_name
+from prefixquant.tasks.model.shapes import SHAPES
 from prefixquant.tasks.runtime.check import OperatorCheck
 from prefixquant.tasks.runtime.model import QuantizedCausalLM
 from prefixquant.tasks.runtime.modules import Coded, CodedBlock, CodedLinear, InputSite
-from prefixquant.tasks.runtime.random_model import SHAPES, RandomSource
+from prefixquant.tasks.runtime.random_model import RandomSource
 from prefixquant.tasks.runtime.source import FolderSource, Source
 from prefixquant.tasks.runtime.timing import copy_rate, graph_us, median_ms, record
 

@@ -100,6 +100,7 @@ class Builder:
             product(family.down),
             self._site(own, DOWN_INPUT),
             self.source.transforms.r4,
+            self.source.transforms.r4_block,
         )
         norms = norm(family.norm1, ATTENTION_INPUT), norm(family.norm2, MLP_INPUT)
         CodedBlock.become(layer, norms[0], attention, norms[1], mlp)

@@ -1,11 +1,9 @@
 """Models of well-known shapes with random weights, for measuring speed where no checkpoint is at hand."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from prefixquant.tasks.model.block import block_shapes
 from prefixquant.tasks.model.families import find_family
@@ -23,42 +21,6 @@ from prefixquant.tasks.model.sites import (
 from prefixquant.tasks.model.spec import ActivationSpec, QuantizeConfig
 
 PREFIX_TOKENS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """Sizes of a Llama model."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    blocks: int
-    vocabulary: int
-    rope_theta: float = 10_000.0
-
-    def config(self, blocks: int | None = None) -> LlamaConfig:
-        """Return it as a config of transformers, perhaps with another number of blocks."""
-        return LlamaConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            num_hidden_layers=blocks or self.blocks,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=8192,
-            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-
-
-SHAPES = {
-    "smollm2-135m": ModelShape(576, 1536, 9, 3, 30, 49152, 100_000.0),
-    "llama-2-7b": ModelShape(4096, 11008, 32, 32, 32, 32000),
-    "llama-3-8b": ModelShape(4096, 14336, 32, 8, 32, 128256, 500_000.0),
-    "llama-3-70b": ModelShape(8192, 28672, 64, 8, 80, 128256, 500_000.0),
-}
 
 
 class RandomSource:

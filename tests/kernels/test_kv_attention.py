@@ -218,7 +218,7 @@ def test_attention_compiles_for_hopper(rows):
 
     from prefixquant.kernels.kv_attention.kernel import attention_kernel
 
-    constants = {"SPLITS": 4, "G": 4, "C": 128, "BM": rows, "BN": 64, "BP": 16, "STARTS": True}
+    constants = {"SPLITS": 4, "G": 4, "C": 128, "BM": rows, "BN": 64, "BP": 16, "STARTS": True, "ASM": True}
     types = ["*bf16", "*u8", "*u8", "*fp32", "*fp32", "*i32", "*i32", "*bf16", "*bf16", "*fp32", "*fp32", "*fp32"]
     types += ["i32"] * 4 + ["fp32"]
     signature = dict(zip(attention_kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")

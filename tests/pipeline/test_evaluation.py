@@ -22,7 +22,7 @@ def test_a_stock_model_is_measured_behind_the_adapter_beside_it(tmp_path):
     (tmp_path / ADAPTER).mkdir()
     for name, content in adapter_files(keys, values, model.config).items():
         (tmp_path / ADAPTER / name).write_bytes(content)
-    described = {"format": 1, "profile": "stock", "prefix_token_ids": PREFIX}
+    described = {"format": 1, "export": {"profile": "hf-exact"}, "prefix_token_ids": PREFIX}
     (tmp_path / "prefixquant.json").write_text(json.dumps(described))
     loaded, token_ids = load_any(tmp_path, [tiny.CPU])
     wanted = model(torch.cat([torch.tensor(PREFIX).expand(2, -1), IDS], dim=1)).logits[:, 3:]
