@@ -54,7 +54,9 @@ def plan(
 
     if check and gpus is not None:
         raise ConfigError("--check looks at the past and --gpus at the future; give one of them")
-    planned = _planned(load_recipe(recipe, overrides or ()), store, shape, machine, gpu_memory)
+    planned = _planned(
+        load_recipe(recipe, overrides or ()), store, shape, machine, gpu_memory, (nodes, gpus_per_node, cpus_per_node)
+    )
     if gpus is not None:
         _show_scaling(planned, _counts(gpus), gpus_per_node or 8, as_json)
         return
@@ -104,12 +106,20 @@ class _Planned:
         )
 
 
-def _planned(recipe: Any, store_url: str, shape: str | None, machine: str | None, gpu_memory: float | None) -> _Planned:
+def _planned(
+    recipe: Any,
+    store_url: str,
+    shape: str | None,
+    machine: str | None,
+    gpu_memory: float | None,
+    cluster: tuple[int | None, int | None, int | None],
+) -> _Planned:
+    """`cluster`: nodes, and GPUs and cores of each; all None: it is this machine, or one GPU of another kind."""
     from prefixquant.cluster.store import ArtifactStore
     from prefixquant.pipeline.build import Source, build_graph
     from prefixquant.pipeline.estimates import Shape
     from prefixquant.pipeline.machines import find_machine, local_machine
-    from prefixquant.pipeline.run import known_model, plan_graph
+    from prefixquant.pipeline.run import known_model, local_workers, plan_graph
     from prefixquant.tasks.random_checkpoint import SHAPES, shape_model
 
     kind = local_machine() if machine is None else find_machine(machine)
@@ -124,7 +134,11 @@ def _planned(recipe: Any, store_url: str, shape: str | None, machine: str | None
         source, model = Source(path=Path(shape), fingerprint=f"shape {shape}"), shape_model(shape)
     else:
         raise ConfigError(f"--shape {shape} is not known; choose one of {', '.join(SHAPES)}")
-    graph = build_graph(recipe, source, model, machine=kind)
+    nodes, gpus, cpus = cluster
+    workers = local_workers() if machine is None else 1
+    if any(count is not None for count in cluster):
+        workers = (nodes or 1) * ((int(kind.memory_bytes > 0) if gpus is None else gpus) or cpus or 1)
+    graph = build_graph(recipe, source, model, machine=kind, workers=workers)
     dtype = model.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
     return _Planned(
         recipe=recipe,

@@ -179,9 +179,11 @@ def schedule_of(graph: Graph, names: Collection[str], shape: Shape, cluster: Clu
     for name in names:
         node = graph.nodes[name]
         cheap = node.resources.cpus == 0
-        width[name] = 0 if cheap else ranks_of(node, cluster.slots, ranks)
+        processes = ranks_of(node, cluster.slots, ranks)
+        of_each = max(1, int(node.resources.gpus)) if cluster.gpus else 1
+        width[name] = 0 if cheap else min(processes * of_each, cluster.slots)
         starts = cluster.gpus > 1 and not cheap
-        cost = estimate(node, shape, cluster.machine, width[name] or 1)
+        cost = estimate(node, shape, cluster.machine, processes)
         seconds[name] = cost.seconds + (cluster.machine.worker_s if starts else 0.0)
     return simulate(graph, seconds, cluster.slots, width)
 
