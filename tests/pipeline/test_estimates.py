@@ -86,3 +86,33 @@ def test_what_is_switched_off_costs_nothing_and_what_is_added_costs_more():
     assert work_of(still.nodes["rotate[0]"], sizes, H200).flops == {"rotate": 0}
     assert full.nodes["rotate[0]"].estimate.seconds > plain.nodes["rotate[0]"].estimate.seconds
     assert rounded.nodes["block[0]"].estimate.seconds > plain.nodes["block[0]"].estimate.seconds
+
+
+def test_what_is_measured_in_parts_costs_its_share_and_the_merging_next_to_nothing():
+    whole, halves = (
+        build("llama-3-8b", "bfloat16", "evaluate.tasks=[piqa]", f"evaluate.shards={shards}")[0].nodes
+        for shards in (1, 2)
+    )
+    for kind, inside in (("evaluate", "quantized,python-docs"), ("tasks", "quantized,piqa")):
+        uncut, part = whole[f"{kind}[{inside}]"].estimate, halves[f"{kind}_part[{inside},0]"].estimate
+        assert uncut.seconds / 2 < part.seconds < uncut.seconds  # each part reads the whole model
+        assert halves[f"{kind}[{inside}]"].estimate.seconds < 0.2
+
+
+def test_a_task_holds_the_model_whole_or_its_share_of_several_gpus():
+    one, two = (
+        build("llama-3-8b", "bfloat16", "evaluate.tasks=[piqa]", f"evaluate.gpus={gpus}")[0].nodes for gpus in (1, 2)
+    )
+    name = "tasks[quantized,piqa]"
+    assert one[name].estimate.device_bytes > 2 * 8.0e9
+    assert 8.0e9 < two[name].estimate.device_bytes < one[name].estimate.device_bytes
+
+
+def test_the_gate_of_a_profile_holds_the_model_in_float32_in_host_memory():
+    checked, unchecked = (
+        build("llama-3-8b", "bfloat16", "export.profiles=[hf-exact]", f"export.verify={verify}")[0].nodes
+        for verify in ("true", "false")
+    )
+    with_gate, without = (nodes["export[hf-exact]"].estimate for nodes in (checked, unchecked))
+    assert with_gate.host_bytes > 4 * 8.0e9 > without.host_bytes
+    assert with_gate.device_bytes == without.device_bytes
