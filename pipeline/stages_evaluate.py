@@ -17,10 +17,10 @@ from torch import Tensor
 from prefixquant.pipeline.graph import Task
 from prefixquant.pipeline.keys import outside_key
 from prefixquant.pipeline.source import checkpoint_at
-from prefixquant.pipeline.stages import BATCH_TOKENS, model_ends, prefix_tensors
+from prefixquant.pipeline.stages import model_ends, prefix_tensors
 from prefixquant.pipeline.worker import TaskContext, TaskOutput
 from prefixquant.tasks.artifact import Artifact
-from prefixquant.tasks.evaluate import block_nlls, merge_perplexity, share_of
+from prefixquant.tasks.evaluate import BATCH_TOKENS, block_nlls, merge_perplexity, share_of
 from prefixquant.tasks.harness import Answer, HarnessConfig, Request, answer, build_requests, chunks_of, score
 from prefixquant.tasks.load import LoadedModel, load_original, read_ends, torch_dtype
 from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites
