@@ -8,12 +8,13 @@ from exported import Exported
 from prefixquant.kernels.gemm import quantized_linear
 from prefixquant.kernels.int4 import pack_int4
 from prefixquant.tasks.errors import ConfigError
+from prefixquant.tasks.model.shapes import ModelShape
 from prefixquant.tasks.runtime.bench import BenchConfig, bench
 from prefixquant.tasks.runtime.check import OperatorCheck, difference
 from prefixquant.tasks.runtime.faithful import compare_with_simulation
 from prefixquant.tasks.runtime.graphs import _filled_up
 from prefixquant.tasks.runtime.model import QuantizedCausalLM
-from prefixquant.tasks.runtime.random_model import ModelShape, RandomSource
+from prefixquant.tasks.runtime.random_model import RandomSource
 
 SHAPE = ModelShape(64, 192, 4, 2, 2, 128)
 
