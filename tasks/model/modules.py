@@ -92,7 +92,8 @@ class SiteLinear(nn.Module):
         if self.hadamard:
             if self.hadamard_block is None and self.site is not None and self.site.is_static_tensor:
                 quantizer: Any = self.site.quantizer
-                return hadamard_fake_quantize(x_BTD, quantizer.scale, *quantizer.code_range)
+                scale = quantizer.scale.view(())  # DeepSpeed makes [1] of a scalar
+                return hadamard_fake_quantize(x_BTD, scale, *quantizer.code_range)
             x_BTD = hadamard_transform(x_BTD, self.hadamard_block)
         return x_BTD if self.site is None else self.site(x_BTD)
 
