@@ -116,5 +116,5 @@ class InlineSession:
             raise ref.error from _Traceback(ref.trace)
         return ref.value
 
-    def cancel(self, refs: Sequence[Ref]) -> None:
+    def abandon(self, refs: Sequence[Ref]) -> None:
         """Forget them: none is under way."""

@@ -227,13 +227,18 @@ class RaySession:
             raise TaskLostError(f"{type(err).__name__}: {first_line(err)}") from err
 
     def cancel(self, refs: Sequence[Ref]) -> None:
-        """Interrupt the tasks that are under way and forget those that wait. What they have published stays.
-
-        Not by force: a forced cancel that meets a task just ending makes Ray abort this process. A local Ray is shut
-        down next, which ends its workers in any case.
-        """
+        """Interrupt the tasks that are under way and forget those that wait. What they have published stays."""
         for ref in refs:
             self._ray.cancel(ref, force=False)
+
+    def abandon(self, refs: Sequence[Ref]) -> None:
+        """Wait no longer for the tasks, which end with the connection at the latest.
+
+        Ray aborts this process if a cancelled task happens to end at that moment, so tasks are cancelled only where
+        nothing else would end them: in a Ray that was there before `connect` and stays.
+        """
+        if not self._owned:
+            self.cancel(refs)
 
 
 def _check_reachable(address: str) -> None:

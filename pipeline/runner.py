@@ -149,7 +149,7 @@ def execute(
     """Build what the targets lack and return what became of every node.
 
     A task that raises fails its node; what does not depend on it goes on and is stored. A damaged input is discarded
-    and built again. SIGINT or SIGTERM kills the running tasks and ends the run. In each case the published artifacts
+    and built again. SIGINT or SIGTERM ends the run; what is under way ends with the session. In each case the published artifacts
     stay, and the next call goes on from them.
 
     Args:
@@ -169,7 +169,7 @@ def execute(
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            session.cancel(list(run.pending))
+            session.abandon(list(run.pending))
     return run.finish(interrupted)
 
 
