@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _REFERENCES: ContextVar[bool] = ContextVar("references", default=False)
+_OVERLAP: ContextVar[bool] = ContextVar("overlap", default=False)
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -30,6 +31,24 @@ def references() -> Iterator[None]:
         yield
     finally:
         _REFERENCES.reset(token)
+
+
+@contextmanager
+def overlapped_launches(wanted: bool = True) -> Iterator[None]:
+    """Have the runtime's kernels start while those before them end (`kernels.overlap`), on GPUs that can, or not.
+
+    It holds for this thread; a CUDA graph recorded before replays what it was recorded with.
+    """
+    token = _OVERLAP.set(wanted)
+    try:
+        yield
+    finally:
+        _OVERLAP.reset(token)
+
+
+def wants_overlap() -> bool:
+    """Return whether `overlapped_launches()` is around."""
+    return _OVERLAP.get()
 
 
 @cache

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixquant.kernels.overlap import fetch_rows, launch_flags, wait_for_inputs
+
 PROGRAMS = 264
 """Programs that a large GPU runs at once, at least."""
 
@@ -85,6 +87,7 @@ def vector_kernel(
     BIAS: tl.constexpr,
     ADDED: tl.constexpr,
     ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
 ):
@@ -93,6 +96,9 @@ def vector_kernel(
     o_n = i_n * BN + tl.arange(0, BN)
     o_w = tl.arange(0, BW)
     m_n = o_n < N
+    rows = weight.to(tl.pointer_type(tl.int8)) + (i_n * BN).to(tl.int64) * (4 * WORDS)
+    fetch_rows(rows, N - i_n * BN, 4 * WORDS, 4 * WORDS, BN, 128 // BN, OVERLAP)
+    wait_for_inputs(OVERLAP)
     p_w = weight + o_n.to(tl.int64)[:, None] * WORDS
     p_x = x + i_m * 2 * WORDS
     total = tl.zeros((BN, BW), dtype=tl.int32)
@@ -152,6 +158,7 @@ def rows_kernel(
     BIAS: tl.constexpr,
     ADDED: tl.constexpr,
     ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
     SPLITS: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -171,6 +178,9 @@ def rows_kernel(
     total = tl.zeros((BN, BM), dtype=tl.int32)
     codes = tl.zeros((BM,), dtype=tl.int32)
     part = tl.cdiv(tl.cdiv(HALF, BK), SPLITS) * BK
+    rows = weight + (i_n * BN).to(tl.int64) * HALF + i_s * part
+    fetch_rows(rows, N - i_n * BN, tl.minimum(part, HALF - i_s * part), HALF, BN, 8, OVERLAP)
+    wait_for_inputs(OVERLAP)
     for k in range(i_s * part, tl.minimum(HALF, i_s * part + part), BK):
         m_k = o_k + k < HALF
         m_x = m_k[:, None] & m_m[None, :]
@@ -260,6 +270,7 @@ def linear_few_rows(
         "BIAS": bias is not None,
         "ADDED": added is not None,
         "ASM": asm,
+        **launch_flags(x),
     }
     shared = (weight_scale, nothing if bias is None else bias, nothing if added is None else added, y)
     if rows == 1 and half % 4 == 0 and tile is None:

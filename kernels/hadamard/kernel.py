@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixquant.kernels.hadamard.reference import MAX_POWER, hadamard_axes, hadamard_matrix
+from prefixquant.kernels.overlap import launch_flags, wait_for_inputs
+from prefixquant.kernels.rounding import nearest
 
 MAX_TILE = 128 * 256
 """Values of a program's tile at most: 128 a thread of eight warps."""
@@ -49,8 +51,7 @@ def _gated(x, up, scale, o_x, o_n, m, N, SWIGLU: tl.constexpr, SCALED: tl.conste
 @triton.jit
 def _codes(y, factor, LOW: tl.constexpr, HIGH: tl.constexpr):
     # Bounds first: they are whole, so the result is the same, and rounding then never meets a large number.
-    y = tl.minimum(tl.maximum(y * factor, LOW * 1.0), HIGH * 1.0)
-    return (y + 12582912.0) - 12582912.0  # to the nearest, halves to even
+    return nearest(tl.minimum(tl.maximum(y * factor, LOW * 1.0), HIGH * 1.0))
 
 
 @triton.jit
@@ -76,6 +77,7 @@ def hadamard_kernel(
     SWIGLU: tl.constexpr,
     SCALED: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
 ):
@@ -83,6 +85,7 @@ def hadamard_kernel(
 
     With TWO, program_id(1) gives BC of a row's B result columns, so that several programs share a row.
     """
+    wait_for_inputs(OVERLAP)
     o_a, o_b = tl.arange(0, BA), tl.arange(0, BB)
     if TWO:
         o_c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -228,6 +231,7 @@ def hadamard_triton(
         QUANTIZE=0 if codes is None else 2 if dynamic else 1,
         LOW=-(2 ** (bits - 1)),
         HIGH=2 ** (bits - 1) - 1,
+        **launch_flags(x),
         **launch,
     )
     return y, scales

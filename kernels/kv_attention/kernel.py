@@ -12,17 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixquant.kernels.hadamard.reference import hadamard_axes, hadamard_matrix
+from prefixquant.kernels.overlap import launch_flags, wait_for_inputs
+from prefixquant.kernels.rounding import codes_of
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 SPLIT_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 """Without fusion, which would leave the rotary embedding's products unrounded before they are added."""
-
-
-@triton.jit
-def _code(x, scale):
-    x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -8.0), 7.0)  # whole bounds: clamping first is the same
-    return ((x + 12582912.0) - 12582912.0).to(tl.int32) & 15  # to the nearest, halves to even
 
 
 @triton.jit
@@ -113,11 +109,13 @@ def split_kernel(
     SCALED: tl.constexpr,
     NORM: tl.constexpr,
     HADAMARD: tl.constexpr,
+    OVERLAP: tl.constexpr,
     C: tl.constexpr,
     BT: tl.constexpr,
 ):
     """Take BT tokens of one head of x [B, T, (HQ + 2 H) C]: a query's, a key's or a value's, in this order."""
     HALF: tl.constexpr = C // 2
+    wait_for_inputs(OVERLAP)
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
     o_c = tl.arange(0, HALF)
@@ -158,7 +156,10 @@ def split_kernel(
         is_key = i_h < HQ + H
         i_kv = tl.where(is_key, i_h - HQ, i_h - HQ - H)
         b_s = tl.load(tl.where(is_key, key_scale, value_scale) + i_kv)
-        byte = _code(b_lo.to(tl.float32), b_s) | (_code(b_hi.to(tl.float32), b_s) << 4)
+        inverse = tl.div_rn(1.0, b_s)
+        lo = codes_of(b_lo.to(tl.float32), b_s, inverse, -8, 7).to(tl.int32) & 15
+        hi = codes_of(b_hi.to(tl.float32), b_s, inverse, -8, 7).to(tl.int32) & 15
+        byte = lo | (hi << 4)
         o_s = tl.load(place) + o_t
         p_y = tl.where(is_key, keys, values) + (i_b * H + i_kv) * S * HALF + o_s[:, None] * HALF + o_c[None, :]
         tl.store(p_y, byte.to(tl.uint8), mask=m & (o_s < S)[:, None])
@@ -227,12 +228,14 @@ def attention_kernel(
     BP: tl.constexpr,
     STARTS: tl.constexpr,
     ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Let BM rows (tokens times the G queries of a head) see one of SPLITS parts of the cache.
 
     y [SPLITS, B, T, H, G, C] holds a part's output divided by its own sum, `tops` and `totals` its softmax state.
     """
     HALF: tl.constexpr = C // 2
+    wait_for_inputs(OVERLAP)
     i_m, i_bh, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = (i_bh // H).to(tl.int64), i_bh % H
     o_m = i_m * BM + tl.arange(0, BM)
@@ -303,11 +306,13 @@ def combine_kernel(
     BS: tl.constexpr,
     C: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     DTYPE: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
 ):
     """Add one row's parts [SPLITS, ROWS, C], each weighted by its share of the softmax; QUANTIZE: write its codes."""
+    wait_for_inputs(OVERLAP)
     i = tl.program_id(0).to(tl.int64)
     o_s, o_c = tl.arange(0, BS), tl.arange(0, C)
     m = o_s < SPLITS
@@ -320,8 +325,8 @@ def combine_kernel(
     b_y = tl.load(parts + (o_s[:, None] * ROWS + i) * C + o_c[None, :], mask=m[:, None], other=0.0)
     b_y = tl.sum(b_y * share[:, None], axis=0).to(DTYPE)
     if QUANTIZE:
-        codes = tl.minimum(tl.maximum(tl.div_rn(b_y.to(tl.float32), tl.load(scale)), LOW * 1.0), HIGH * 1.0)
-        b_y = (codes + 12582912.0) - 12582912.0  # to the nearest, halves to even
+        b_s = tl.load(scale)
+        b_y = codes_of(b_y.to(tl.float32), b_s, tl.div_rn(1.0, b_s), LOW, HIGH)
     tl.store(y + i * C + o_c, b_y.to(y.dtype.element_ty))
 
 
@@ -368,6 +373,7 @@ def split_triton(
         HADAMARD=hadamard,
         C=channels,
         BT=block,
+        **launch_flags(x),
         **SPLIT_LAUNCH,
     )
     return query
@@ -449,6 +455,7 @@ def attention_triton(
         BP=max(16, triton.next_power_of_2(count)),
         STARTS=start is not None,
         ASM=asm,
+        **launch_flags(query),
         **(launch or {"BN": 64, "num_warps": 4, "num_stages": 3}),
     )
     if splits > 1:
@@ -464,6 +471,7 @@ def attention_triton(
             BS=triton.next_power_of_2(splits),
             C=channels,
             QUANTIZE=out_scale is not None,
+            **launch_flags(query),
             DTYPE=_TYPES[query.dtype],
             LOW=-(2 ** (out_bits - 1)),
             HIGH=2 ** (out_bits - 1) - 1,

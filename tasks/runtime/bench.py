@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, StaticCache
 
-from prefixquant.kernels.dispatch import uses_triton
+from prefixquant.kernels.dispatch import overlapped_launches, uses_triton
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.cache import cache_name
 from prefixquant.tasks.model.shapes import SHAPES
@@ -93,7 +93,13 @@ def bench(model: str, config: BenchConfig, say: Callable[[str], None] = print) -
         ok = _check(quantized, report)
         _linears(quantized, report, ok, "static" if _static(source) else "dynamic")
         _memory(quantized, source, report)
-        times = _whole(quantized, source, config, report, rate, "packed")
+        times = _whole(quantized, config, report, rate, "packed")
+        with overlapped_launches():
+            name = "packed, launches overlapped"
+            same = ok and _takes_the_same_steps(quantized, report)
+            _linears(quantized, report, same, f"static, {name}", rows=(1, 16))
+            overlapped = _decode(quantized, config, report, rate, name)
+            times |= overlapped if same else {}
         del quantized
         fast = QuantizedCausalLM.build(source, device, torch.bfloat16, fast_prompts=True)
         _linears(fast, report, ok, "static, weights as fp8 codes too", rows=(2048,))
@@ -103,7 +109,7 @@ def bench(model: str, config: BenchConfig, say: Callable[[str], None] = print) -
             other = RandomSource(source.config, device, dynamic=True)
             quantized = QuantizedCausalLM.build(other, device, torch.bfloat16)
             _linears(quantized, report, _check(quantized, report), "dynamic")
-            _whole(quantized, other, config, report, rate, "dynamic")
+            _whole(quantized, config, report, rate, "dynamic")
             del quantized
         if config.baseline:
             _compare(times, _baseline(source.config, config, report), report, ok)
@@ -227,11 +233,28 @@ def _prompt(model: Any, config: BenchConfig, report: BenchReport, name: str) -> 
     return {f"prompt/{name}": ms}
 
 
-def _whole(
-    model: Any, source: Source, config: BenchConfig, report: BenchReport, rate: float, name: str
-) -> dict[str, float]:
+def _takes_the_same_steps(model: Any, report: BenchReport, steps: int = 20) -> bool:
+    """Return whether steps with launches overlapped, as they are here, give the logits of launches one by one."""
+    name, ids = cache_name(model.base_model), _ids(model.config, 1, 64 + steps)
+    caches = [model.new_cache(1) for _ in range(2)]
+    for cache in caches:
+        model.forward(input_ids=ids[:, :64], **{name: cache})
+    found = [[model(input_ids=ids[:, 64 + i, None], **{name: caches[0]}).logits.clone() for i in range(steps)]]
+    with overlapped_launches(False):
+        found.append([model(input_ids=ids[:, 64 + i, None], **{name: caches[1]}).logits.clone() for i in range(steps)])
+    same = all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    report.figure("check/overlapped", same, f"overlapped launches give the same {steps} steps, to the bit: {same}")
+    return same
+
+
+def _whole(model: Any, config: BenchConfig, report: BenchReport, rate: float, name: str) -> dict[str, float]:
     """Time a prompt and, for each batch, a decoding step behind it."""
-    times = _prompt(model, config, report, name)
+    return _prompt(model, config, report, name) | _decode(model, config, report, rate, name)
+
+
+def _decode(model: Any, config: BenchConfig, report: BenchReport, rate: float, name: str) -> dict[str, float]:
+    """Time a step of each batch behind a prompt's codes, which are random."""
+    times = {}
     for batch in config.batches:
         cache = model.new_cache(batch, config.prompt + 64)
         for layer in cache.layers:

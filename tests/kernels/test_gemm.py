@@ -2,12 +2,11 @@ import re
 
 import pytest
 import torch
+from hopper import compiled_for_hopper
 
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.gemm import add_channels, quantized_linear, quantized_products
 from prefixquant.kernels.int4 import pack_int4
-
-HOPPER = 90
 
 
 def codes(*shape, seed=0, low=-8, high=8):
@@ -123,20 +122,6 @@ def test_wrong_input_of_added_channels_is_refused_before_anything_runs(change, m
         add_channels(**given)
 
 
-def compiled_for_hopper(kernel, types, constants, options):
-    """Return the kernel compiled, pointers and sizes multiples of 16."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
-    aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(types))}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=options)
-    assert compiled.metadata.shared <= 227 * 1024  # bytes that a block may have on Hopper
-    return compiled.asm["ptx"]
-
-
 @pytest.mark.parametrize(
     ("x_type", "weight_type", "packed", "instruction"),
     [
@@ -157,7 +142,7 @@ def test_products_compile_to_the_tensor_cores_of_hopper(x_type, weight_type, pac
     assert instruction in compiled_for_hopper(linear_kernel, types, constants, options)
 
 
-FLAGS = {"X_SCALE": 2, "BIAS": True, "ADDED": True, "ASM": True}
+FLAGS = {"X_SCALE": 2, "BIAS": True, "ADDED": True, "ASM": True, "OVERLAP": False}
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hopper import compiled_for_hopper
 
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.hadamard import hadamard_transform
 from prefixquant.kernels.int4 import pack_int4, unpack_int4
 from prefixquant.kernels.kv_attention import kv_attention, split_heads
 from prefixquant.kernels.quantize import quantize
-
-HOPPER = 90
 
 
 def counter(*values):
@@ -212,40 +211,25 @@ def test_kernels_match_the_references_in_the_interpreter():
 
 @pytest.mark.parametrize("rows", [16, 64], ids=["decode", "prefill"])
 def test_attention_compiles_for_hopper(rows):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     from prefixquant.kernels.kv_attention.kernel import attention_kernel
 
     constants = {"SPLITS": 4, "G": 4, "C": 128, "BM": rows, "BN": 64, "BP": 16, "STARTS": True, "ASM": True}
     types = ["*bf16", "*u8", "*u8", "*fp32", "*fp32", "*i32", "*i32", "*bf16", "*bf16", "*fp32", "*fp32", "*fp32"]
     types += ["i32"] * 4 + ["fp32"]
-    signature = dict(zip(attention_kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
-    aligned = {(index,): [["tt.divisibility", 16]] for index in range(12)}
-    source = ASTSource(attention_kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options={"num_warps": 4, "num_stages": 3})
-    assert ("wgmma" if rows >= 64 else "mma.sync") in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 227 * 1024  # bytes that a block may have on Hopper
+    options = {"num_warps": 4, "num_stages": 3}
+    ptx = compiled_for_hopper(attention_kernel, types, constants | {"OVERLAP": False}, options)
+    assert ("wgmma" if rows >= 64 else "mma.sync") in ptx
 
 
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_splitting_compiles_for_hopper_and_rounds_every_product(tokens):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     from prefixquant.kernels.kv_attention.kernel import SPLIT_LAUNCH, split_kernel
 
-    constants = {"HQ": 32, "H": 8, "SCALED": True, "NORM": False, "HADAMARD": True, "C": 128}
+    constants = {"HQ": 32, "H": 8, "SCALED": True, "NORM": False, "HADAMARD": True, "OVERLAP": False, "C": 128}
     constants["BT"] = 16 if tokens <= 16 else 64
     types = ["*bf16", "*fp32", *["*bf16"] * 5, "*fp32", "*fp32", "*i32", "*bf16", "*u8", "*u8", "i32", "i32", "fp32"]
-    signature = dict(zip(split_kernel.arg_names, [*types, "i32", "i32"], strict=False))
-    aligned = {(index,): [["tt.divisibility", 16]] for index in range(13)}
-    source = ASTSource(
-        split_kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=aligned
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=SPLIT_LAUNCH)
-    assert "mma" in compiled.asm["ptx"]
-    assert "fma.rn.bf16" not in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 227 * 1024  # bytes that a block may have on Hopper
+    ptx = compiled_for_hopper(split_kernel, [*types, "i32", "i32"], constants, SPLIT_LAUNCH)
+    assert "mma" in ptx
+    assert "fma.rn.bf16" not in ptx

@@ -7,7 +7,7 @@ import tiny
 import torch
 from exported import Exported
 
-from prefixquant.kernels.dispatch import references
+from prefixquant.kernels.dispatch import overlapped_launches, references
 from prefixquant.tasks.model.cache import cache_name
 from prefixquant.tasks.runtime import QuantizedCausalLM
 
@@ -94,6 +94,25 @@ def test_recorded_steps_give_the_logits_of_eager_ones(exported, dtype):
         assert recorded.get_seq_length() == eager.get_seq_length() == index + 1
     assert eager.decode_graph is None
     assert len([each for each in graphs if each is not None]) == 2
+
+
+@dtypes
+@torch.no_grad()
+def test_overlapped_launches_change_no_bit(exported, dtype):
+    model = load(exported, dtype)
+    name, ids = cache_name(model.base_model), tiny.random_ids(2, 80).cuda()
+    one_by_one, overlapped = model.new_cache(2), model.new_cache(2)
+    for cache in (one_by_one, overlapped):
+        model.forward(input_ids=ids[:, :40], **{name: cache})
+    for index in range(40, 80):
+        step = ids[:, index : index + 1]
+        wanted = model(input_ids=step, **{name: one_by_one}).logits.clone()
+        with overlapped_launches():
+            found = model(input_ids=step, **{name: overlapped}).logits
+        assert torch.equal(found, wanted)
+    for ours, theirs in zip(overlapped.layers, one_by_one.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
 
 
 @pytest.mark.parametrize("tokens", [20, 150, 300])
