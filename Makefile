@@ -15,8 +15,9 @@ MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 demo: $(VENV)/.installed $(MODEL)
 	$(VENV)/bin/prefixquant run demo --store runs/store --out runs/demo
 
+# two processes, each with a Ray of its own; a file's tests stay together, for they share what they set up
 test: $(VENV)/.installed-dev $(MODEL)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # kills workers, nodes, drivers and heads at random; PREFIXQUANT_SOAK_MINUTES says for how long
 soak: $(VENV)/.installed-dev

@@ -6,8 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,6 @@ SLOW = "search={coarse_points: 60, fine_points: 30, weight_points: 4}"
 """About a second a block."""
 
 Digests = dict[str, dict[str, str]]
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 120, shown: Callable[[], Any] = lambda: "") -> Any:
-    """Return what the condition gives once that is true; fail after so many seconds, with what `shown` gives."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited in vain: {shown()}"
-        time.sleep(0.05)
-    return found
 
 
 def digests(store: ArtifactStore, graph: Any) -> Digests:

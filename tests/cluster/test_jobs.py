@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from waiting import wait_until
 
 from prefixquant.cluster.jobs import JobCluster, JobError, JobSpec
 from prefixquant.cluster.store import ArtifactStore
@@ -35,14 +35,6 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
     "RAY_USAGE_STATS_ENABLED": "0",
     "COLUMNS": "240",
 }
-
-
-def wait_until(condition, seconds=60, shown=lambda: ""):
-    """Return when the condition holds; fail after so many seconds, with what `shown` gives."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain: {shown()}"
-        time.sleep(0.05)
 
 
 def free_ports(count):

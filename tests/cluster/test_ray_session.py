@@ -4,9 +4,11 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from ray import cloudpickle
+from waiting import wait_until
 
 from prefixquant.cluster.ray_session import TaskLostError, assigned_gpus, connect
 
@@ -21,8 +23,10 @@ def fail(message):
     raise ValueError(message)
 
 
-def sleep(seconds):
-    time.sleep(seconds)
+def sleep(seconds, marker):
+    Path(marker).touch()
+    for _ in range(10 * seconds):
+        time.sleep(0.1)  # Ray interrupts between two steps of Python, not within one
 
 
 def die_once(marker):
@@ -81,14 +85,24 @@ def test_a_task_that_always_kills_its_worker_is_lost_after_three_attempts(ray_se
     assert (tmp_path / "attempts").read_text() == "xxx"
 
 
-def test_wait_returns_nothing_after_its_timeout_and_cancel_kills(ray_session):
-    ref = ray_session.submit(sleep, 600, name="sleep")
-    start = time.monotonic()
+def test_wait_returns_nothing_after_its_timeout_and_cancel_interrupts(ray_session, tmp_path):
+    ref = ray_session.submit(sleep, 600, str(tmp_path / "begun"), name="sleep")
     assert ray_session.wait([ref], timeout=0.2) == []
+    wait_until((tmp_path / "begun").exists, seconds=60)
+    start = time.monotonic()
     ray_session.cancel([ref])
     with pytest.raises(TaskLostError):
         ray_session.result(ref)
     assert time.monotonic() - start < 60
+
+
+def test_what_is_abandoned_ends_where_ray_outlives_the_session(ray_session, tmp_path):
+    with connect() as other:  # Ray was there before
+        ref = other.submit(sleep, 600, str(tmp_path / "begun"), name="sleep")
+        wait_until((tmp_path / "begun").exists, seconds=60)
+        other.abandon([ref])
+        with pytest.raises(TaskLostError):
+            other.result(ref)
 
 
 def test_a_request_for_more_than_the_cluster_has_is_cut_to_fit(ray_session):

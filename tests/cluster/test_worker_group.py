@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray import cloudpickle
+from waiting import wait_until
 
 from prefixquant.cluster.errors import ResourceError
 from prefixquant.cluster.ray_session import TaskLostError
@@ -86,13 +87,6 @@ def supervise(directory):
     return run_group(wait_once, (directory,), ranks=2, cpus=1, gpus=0, name="supervised")
 
 
-def until(condition, timeout_s=30.0):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
-
-
 def alive(pid):
     try:
         return "zombie" not in Path(f"/proc/{pid}/status").read_text()
@@ -103,7 +97,7 @@ def alive(pid):
 @pytest.fixture
 def _leaves_nothing(ray_session):
     yield
-    until(lambda: ray.available_resources().get("CPU") == 2)
+    wait_until(lambda: ray.available_resources().get("CPU") == 2)
     assert all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
 
 
@@ -117,7 +111,7 @@ def test_a_group_knows_its_members_and_returns_what_rank_0_returns(ray_session, 
     assert {size for size, _, _ in said} == {"4"}
     assert len({pid for _, pid, _ in said}) == 4
     assert len({place for _, _, place in said}) == 1
-    until(lambda: not any(alive(int(pid)) for _, pid, _ in said))
+    wait_until(lambda: not any(alive(int(pid)) for _, pid, _ in said))
 
 
 def test_a_group_runs_from_the_driver_too(ray_session, tmp_path):
@@ -161,16 +155,16 @@ def test_an_oserror_starts_the_group_again(ray_session, tmp_path):
 
 def test_a_cancelled_group_leaves_no_process(ray_session, tmp_path):
     ref = ray_session.submit_group(wait_for_ever, str(tmp_path), name="waits", ranks=2)
-    until(lambda: len([each for each in tmp_path.iterdir() if each.read_text()]) == 2)
+    wait_until(lambda: len([each for each in tmp_path.iterdir() if each.read_text()]) == 2)
     ray_session.cancel([ref])
     with pytest.raises(TaskLostError):
         ray_session.result(ref)
-    until(lambda: not any(alive(int(each.read_text())) for each in tmp_path.iterdir()))
+    wait_until(lambda: not any(alive(int(each.read_text())) for each in tmp_path.iterdir()))
 
 
 def test_the_death_of_the_supervising_process_is_survived(ray_session, tmp_path):
     ref = ray_session.submit(supervise, str(tmp_path), name="supervisor", cpus=0)
-    until(lambda: len([each for each in tmp_path.iterdir() if each.read_text()]) == 3)
+    wait_until(lambda: len([each for each in tmp_path.iterdir() if each.read_text()]) == 3)
     os.kill(int((tmp_path / "supervisor").read_text()), signal.SIGKILL)
     assert ray_session.result(ref) == "second"
 

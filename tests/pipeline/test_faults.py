@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from disturbed import BLOCKS, SLOW, Driver, digests, stored_blocks, undisturbed, wait_until, write_model
+from disturbed import BLOCKS, SLOW, Driver, digests, stored_blocks, undisturbed, write_model
 from nodes import Nodes, kill
 from s3 import environment, make_bucket, s3_server
+from waiting import wait_until
 
 from prefixquant.cluster.store import ArtifactStore
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import mlflow
 import pytest
 import tiny
-from disturbed import SLOW, wait_until
+from disturbed import SLOW
 from nodes import MARK, marked
+from waiting import wait_until
 
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.run import RunFailedError, RunOptions, run_recipe
