@@ -1,8 +1,13 @@
-"""Times Hadamard transforms on one GPU: `python -m prefixquant.kernels.hadamard.bench`."""
+"""Times Hadamard transforms on one GPU: `python -m prefixquant.kernels.hadamard.bench`.
+
+Where fast_hadamard_transform is installed, it stands beside them for powers of two, the sizes on which its matrix is
+the same.
+"""
 
 import statistics
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]  # has no types
@@ -14,6 +19,7 @@ SHAPES = {
     "down_proj input of Llama-3-8B": (4096, 14336),
     "down_proj input of Llama-3-70B": (4096, 28672),
     "queries of Llama-3-8B": (4096 * 32, 128),
+    "hidden size of Llama-3-8B": (4096, 4096),
     "down_proj input of SmolLM2-135M": (4096, 1536),
 }
 
@@ -36,7 +42,22 @@ def main() -> None:
                 continue
             kernel_ms = _median_ms(partial(hadamard_triton, x))
             line += f"; kernel {kernel_ms:.3f} ms, {2 * x.nbytes / kernel_ms / 1e6:.0f} GB/s"
-        print(line)
+        print(line + _fast_hadamard_transform(x))
+
+
+def _fast_hadamard_transform(x: torch.Tensor) -> str:
+    """Return what Dao-AILab's kernel takes, if it is installed and knows the size."""
+    n = x.shape[-1]
+    if find_spec("fast_hadamard_transform") is None or n & (n - 1):
+        return ""
+    from fast_hadamard_transform import hadamard_transform
+
+    wanted = hadamard_transform_reference(x.float())
+    error = (hadamard_transform(x, n**-0.5).float() - wanted).norm() / wanted.norm()
+    if not error <= 5e-3:
+        return f"; fast_hadamard_transform is off by {float(error):.2g}; not timed"
+    ms = _median_ms(partial(hadamard_transform, x, n**-0.5))
+    return f"; fast_hadamard_transform {ms:.3f} ms, {2 * x.nbytes / ms / 1e6:.0f} GB/s"
 
 
 def _median_ms(call: Callable[[], object], repeats: int = 30) -> float:
