@@ -1,7 +1,6 @@
 """Times Hadamard transforms on one GPU: `python -m prefixquant.kernels.hadamard.bench`.
 
-Where fast_hadamard_transform is installed, it stands beside them for powers of two, the sizes on which its matrix is
-the same.
+Where fast_hadamard_transform is installed, it stands beside them for powers of two. Its matrix may have other signs.
 """
 
 import statistics
@@ -52,9 +51,9 @@ def _fast_hadamard_transform(x: torch.Tensor) -> str:
         return ""
     from fast_hadamard_transform import hadamard_transform
 
-    wanted = hadamard_transform_reference(x.float())
-    error = (hadamard_transform(x, n**-0.5).float() - wanted).norm() / wanted.norm()
-    if not error <= 5e-3:
+    twice = hadamard_transform(hadamard_transform(x, n**-0.5), n**-0.5)  # its matrix is its own inverse
+    error = (twice.float() - x.float()).norm() / x.float().norm()
+    if not error <= 1e-2:
         return f"; fast_hadamard_transform is off by {float(error):.2g}; not timed"
     ms = _median_ms(partial(hadamard_transform, x, n**-0.5))
     return f"; fast_hadamard_transform {ms:.3f} ms, {2 * x.nbytes / ms / 1e6:.0f} GB/s"
