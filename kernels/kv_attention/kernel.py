@@ -21,6 +21,34 @@ SPLIT_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 """Without fusion, which would leave the rotary embedding's products unrounded before they are added."""
 
 
+def _unpacking(kind: str, one: str, base: str, offset: str) -> tl.constexpr:
+    """Return PTX that turns four bytes into eight codes of a 16-bit type: `base` is a power of two plus 8 whose last
+    bits count by one, `offset` its negative, each twice in a word."""
+    return tl.constexpr(
+        f"""{{
+        .reg .b32 a, b, c, d, u, v;
+        mov.b32 u, {one};
+        mov.b32 v, {offset};
+        prmt.b32 a, $4, 0, 0x4140;
+        prmt.b32 b, $4, 0, 0x4342;
+        shr.u32 c, a, 4;
+        shr.u32 d, b, 4;
+        lop3.b32 a, a, 0x000F000F, {base}, 0x6A;
+        lop3.b32 b, b, 0x000F000F, {base}, 0x6A;
+        lop3.b32 c, c, 0x000F000F, {base}, 0x6A;
+        lop3.b32 d, d, 0x000F000F, {base}, 0x6A;
+        fma.rn.{kind}x2 $0, a, u, v;
+        fma.rn.{kind}x2 $1, b, u, v;
+        fma.rn.{kind}x2 $2, c, u, v;
+        fma.rn.{kind}x2 $3, d, u, v;
+        }}"""
+    )
+
+
+_TO_BFLOAT16 = _unpacking("bf16", one="0x3F803F80", base="0x43084308", offset="0xC308C308")
+_TO_FLOAT16 = _unpacking("f16", one="0x3C003C00", base="0x64086408", offset="0xE408E408")
+
+
 @triton.jit
 def _halves(packed, dtype: tl.constexpr, ASM: tl.constexpr):
     """Return the codes in the low and in the high nibbles of bytes, as values of a type.
@@ -28,56 +56,16 @@ def _halves(packed, dtype: tl.constexpr, ASM: tl.constexpr):
     In 16 bits, nibble ^ 8 set into the last bits of 128 (bfloat16) or 1024 (float16) is that number + 8 + code: two
     codes take an instruction to place and one to subtract, where conversions would take more time than the products.
     """
-    if ASM and dtype == tl.bfloat16:
+    if ASM and dtype != tl.float32:
         lo, hi = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, c, d, u, v;
-            mov.b32 u, 0x3F803F80;
-            mov.b32 v, 0xC308C308;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            shr.u32 c, a, 4;
-            shr.u32 d, b, 4;
-            lop3.b32 a, a, 0x000F000F, 0x43084308, 0x6A;
-            lop3.b32 b, b, 0x000F000F, 0x43084308, 0x6A;
-            lop3.b32 c, c, 0x000F000F, 0x43084308, 0x6A;
-            lop3.b32 d, d, 0x000F000F, 0x43084308, 0x6A;
-            fma.rn.bf16x2 $0, a, u, v;
-            fma.rn.bf16x2 $1, b, u, v;
-            fma.rn.bf16x2 $2, c, u, v;
-            fma.rn.bf16x2 $3, d, u, v;
-            }""",
+            _TO_BFLOAT16 if dtype == tl.bfloat16 else _TO_FLOAT16,
             "=r,=r,=r,=r,r",
             [packed],
-            dtype=(tl.bfloat16, tl.bfloat16),
+            dtype=(tl.int16, tl.int16),
             is_pure=True,
             pack=4,
         )
-    elif ASM and dtype == tl.float16:
-        lo, hi = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, c, d, u, v;
-            mov.b32 u, 0x3C003C00;
-            mov.b32 v, 0xE408E408;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            shr.u32 c, a, 4;
-            shr.u32 d, b, 4;
-            lop3.b32 a, a, 0x000F000F, 0x64086408, 0x6A;
-            lop3.b32 b, b, 0x000F000F, 0x64086408, 0x6A;
-            lop3.b32 c, c, 0x000F000F, 0x64086408, 0x6A;
-            lop3.b32 d, d, 0x000F000F, 0x64086408, 0x6A;
-            fma.rn.f16x2 $0, a, u, v;
-            fma.rn.f16x2 $1, b, u, v;
-            fma.rn.f16x2 $2, c, u, v;
-            fma.rn.f16x2 $3, d, u, v;
-            }""",
-            "=r,=r,=r,=r,r",
-            [packed],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
+        lo, hi = lo.to(dtype, bitcast=True), hi.to(dtype, bitcast=True)
     else:
         signed = packed.to(tl.int8, bitcast=True)
         lo, hi = ((signed << 4) >> 4).to(dtype), (signed >> 4).to(dtype)
