@@ -1,11 +1,22 @@
 """How faithful the runtime is to the simulation that was evaluated (`prefixquant bench FOLDER --text FILE`).
 
-Letters: N windows, T tokens, V vocabulary.
+Two computations of one 4-bit model that round differently anywhere soon have nothing but their statistics in common: a
+value on the edge between two codes tips over, what it changes tips others, and after a few hundred tokens over thirty
+blocks the two are as far apart as two samples of the quantization noise. So three things are told:
+
+- block by block, each block of the runtime given what the simulation gives it: the difference that the runtime makes;
+- run on their own, as they are used;
+- the simulation against itself, its embeddings changed by a millionth: what two runs on their own can have in common.
+
+Letters: N windows, T tokens, D hidden, V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,29 +25,46 @@ from torch import Tensor
 from prefixquant.tasks.export import load_quantized
 from prefixquant.tasks.runtime.model import QuantizedCausalLM
 
+CHANGE = 1e-6
+"""Relative change of the embeddings in the simulation that is compared with itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Faithfulness:
-    """What two computations of one model have in common."""
+    """What two computations of one model have in common. Shares are of tokens."""
 
+    tokens: int
     same_argmax: float
-    """Share of tokens whose most likely next token is the same."""
+    """The same most likely next token, all that the runtime's blocks change added up, each given the simulation's
+    input."""
+
+    block_error: float
+    """Largest difference of a block's output, over what the block adds to the stream; root mean squares."""
+
+    same_argmax_free: float
+    """The same most likely next token, each running on its own."""
+
+    same_argmax_control: float
+    """Likewise the simulation and the simulation with changed embeddings."""
 
     ppl_simulation: float
     ppl_runtime: float
-    tokens: int
-    """Tokens compared."""
+    ppl_control: float
 
     def to_json(self) -> dict[str, float]:
         """Return it as JSON types."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """Return it in a line."""
-        change = self.ppl_runtime / self.ppl_simulation - 1
+        """Return it in lines."""
+        runtime, control = (each / self.ppl_simulation - 1 for each in (self.ppl_runtime, self.ppl_control))
         return (
-            f"same argmax on {self.same_argmax:.4%} of {self.tokens} tokens; perplexity {self.ppl_runtime:.4f} against "
-            f"{self.ppl_simulation:.4f} in the simulation ({change:+.3%})"
+            f"{self.tokens} tokens; block by block: same argmax on {self.same_argmax:.3%}, largest block error "
+            f"{self.block_error:.2%}\n"
+            f"  on their own: same argmax on {self.same_argmax_free:.3%}, perplexity {self.ppl_runtime:.4f} against "
+            f"{self.ppl_simulation:.4f} in the simulation ({runtime:+.3%})\n"
+            f"  simulation with embeddings changed by {CHANGE:g}: same argmax on {self.same_argmax_control:.3%}, "
+            f"perplexity {self.ppl_control:.4f} ({control:+.3%})"
         )
 
 
@@ -47,13 +75,68 @@ def compare_with_simulation(
     """Compare the runtime, in `dtype` between the products, with the simulation in the type it was exported in."""
     simulation = load_quantized(folder, device=device)
     runtime = QuantizedCausalLM.load(folder, device=device, dtype=dtype)
-    same, tokens = 0, 0
-    losses = torch.zeros(2, dtype=torch.float64, device=device)
+    runtime.recording = False  # hooks are to see each forward
+    same, losses = [0, 0, 0], [0.0, 0.0, 0.0]
+    errors: list[float] = []
     for window_T in windows_NT.to(device):
-        logits = [model(input_ids=window_T.unsqueeze(0)).logits[0].float() for model in (simulation, runtime)]
-        same += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
-        tokens += len(window_T)
-        for index, each_TV in enumerate(logits):
-            losses[index] += F.cross_entropy(each_TV[:-1], window_T[1:], reduction="sum")
-    mean = losses / (tokens - len(windows_NT))
-    return Faithfulness(same / tokens, math.exp(mean[0]), math.exp(mean[1]), tokens)
+        ids = window_T.unsqueeze(0)
+        with _seen(simulation) as streams:
+            wanted_TV = simulation(input_ids=ids).logits[0].float()
+        with _changed_embeddings(simulation):
+            control_TV = simulation(input_ids=ids).logits[0].float()
+        free_TV = runtime(input_ids=ids).logits[0].float()
+        with _given(runtime, streams[:-1]) as outputs:
+            runtime(input_ids=ids)
+        last_TD, change_TD = streams[-1], torch.zeros_like(streams[-1])
+        for before_TD, after_TD, found_TD in zip(streams, streams[1:], outputs, strict=False):
+            error_TD = found_TD.to(after_TD.dtype) - after_TD
+            change_TD += error_TD
+            errors.append(float(error_TD.norm() / (after_TD - before_TD).norm()))
+        added_TV = simulation.get_output_embeddings()(simulation.base_model.norm(last_TD + change_TD))[0].float()
+        best_T = wanted_TV.argmax(-1)
+        for index, each_TV in enumerate((added_TV, free_TV, control_TV)):
+            same[index] += int((each_TV.argmax(-1) == best_T).sum())
+        for index, each_TV in enumerate((wanted_TV, free_TV, control_TV)):
+            losses[index] += float(F.cross_entropy(each_TV[:-1], window_T[1:], reduction="sum").double())
+    shares = [each / windows_NT.numel() for each in same]
+    ppls = [math.exp(each / (windows_NT.numel() - len(windows_NT))) for each in losses]
+    return Faithfulness(windows_NT.numel(), shares[0], max(errors), *shares[1:], *ppls)
+
+
+@contextmanager
+def _seen(model: Any) -> Iterator[list[Tensor]]:
+    """Give the list that the next forward fills with what enters each block, and with what leaves the last."""
+    streams: list[Tensor] = []
+    layers = model.base_model.layers
+    handles = [layer.register_forward_pre_hook(lambda _, args: streams.append(args[0])) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(lambda _, args, output: streams.append(output)))
+    try:
+        yield streams
+    finally:
+        for each in handles:
+            each.remove()
+
+
+@contextmanager
+def _given(model: Any, streams: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Have each block take one of the streams, and give the list that the next forward fills with their outputs."""
+    outputs: list[Tensor] = []
+    handles = []
+    for layer, stream in zip(model.base_model.layers, streams, strict=True):
+        given = stream.to(model.dtype)
+        handles.append(layer.register_forward_pre_hook(lambda _, args, given=given: (given, *args[1:])))
+        handles.append(layer.register_forward_hook(lambda _, args, output: outputs.append(output)))
+    try:
+        yield outputs
+    finally:
+        for each in handles:
+            each.remove()
+
+
+@contextmanager
+def _changed_embeddings(model: Any) -> Iterator[None]:
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, output: output * (1 + CHANGE))
+    try:
+        yield
+    finally:
+        handle.remove()
