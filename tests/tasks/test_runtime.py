@@ -127,8 +127,9 @@ def test_another_cache_and_beams_are_refused(static):
         ("llama", {"quantize": {"activations": {"bits": 6}}}, "4 or 8 bits"),
         ("llama", {"quantize": {"keys": "off"}}, "keys must be static symmetric 4-bit"),
         ("mistral-window", {}, "without a sliding window"),
+        ("llama", {"config.hidden_act": "gelu_pytorch_tanh"}, "hidden_act must be silu"),
     ],
-    ids=["weights", "activations", "keys", "window"],
+    ids=["weights", "activations", "keys", "window", "hidden-act"],
 )
 def test_what_no_kernel_runs_is_refused(tmp_path, variant, settings, message):
     with pytest.raises(ConfigError, match=message):
