@@ -54,8 +54,11 @@ def prefix_cache(attentions: list[nn.Module], prefix: tuple[Tensor, Tensor] | No
 def attach_prefix(base: nn.Module, attentions: list[nn.Module], prefix: tuple[Tensor, Tensor] | None) -> None:
     """Make a base model (the one without head) start every forward without a cache behind the prefix.
 
-    A 2-d attention mask is extended over the prefix. A cache given by the caller must come from `prefix_cache_for`.
+    A 2-d attention mask is extended over the prefix, and padding on the left takes no positions: how far the prefix is
+    from a token would depend on it. Positions given without a cache count from the first token behind the prefix. A
+    cache given by the caller must come from `prefix_cache_for`; mask and positions then count what it holds.
     """
+    num_prefix_tokens = 0 if prefix is None else prefix[0].shape[2]
 
     def start_behind_prefix(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
@@ -67,11 +70,16 @@ def attach_prefix(base: nn.Module, attentions: list[nn.Module], prefix: tuple[Te
                 )
             return args, kwargs
         tokens = args[0] if args else kwargs.get("input_ids")
-        batch = len(tokens if tokens is not None else kwargs["inputs_embeds"])
+        batch, count = (tokens if tokens is not None else kwargs["inputs_embeds"]).shape[:2]
         kwargs |= {cache_name(base): prefix_cache(attentions, prefix, batch), "use_cache": True}
-        mask = kwargs.get("attention_mask")
-        if prefix is not None and mask is not None and mask.dim() == 2:
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, prefix[0].shape[2]), mask], dim=1)
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if mask is not None and mask.dim() == 2:
+            mask = torch.cat([mask.new_ones(batch, num_prefix_tokens), mask], dim=1)
+            kwargs["attention_mask"] = mask
+            if positions is None:
+                kwargs["position_ids"] = (mask.cumsum(1) - 1)[:, -count:]
+        if positions is not None:
+            kwargs["position_ids"] = positions + num_prefix_tokens
         return args, kwargs
 
     vars(base)["new_prefix_cache"] = lambda batch_size: prefix_cache(attentions, prefix, batch_size)

@@ -125,6 +125,8 @@ def _check(quantize: QuantizeConfig, config: Any) -> None:
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if _window(config) else "full_attention"]
     if set(kinds) != {"full_attention"}:
         problems.append("every block must attend to all tokens, without a sliding window")
+    if config.hidden_act not in ("silu", "swish"):
+        problems.append(f"the MLP's hidden_act must be silu, which its kernel computes, got {config.hidden_act}")
     if weights is None or not weights.symmetric or weights.granularity != "channel":
         problems.append("weights must be quantized, symmetric, with a scale a channel")
     elif weights.bits > 4 and (weights.bits != 8 or activations is None or activations.bits != 8):

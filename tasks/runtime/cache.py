@@ -68,6 +68,8 @@ class PackedCache(Cache):
         """Places filled once they are in."""
         self.start: Tensor | None = None
         """int32 [B]: the first place of each sequence that is no padding; None: 0."""
+        self.padded_behind = False
+        """Whether padding lies behind a token: nothing may follow."""
         self.decode_graph: Any = None
         """The recorded step of one more token, if there is one (`runtime.graphs`)."""
         self.stepped_at = -1
@@ -108,6 +110,7 @@ class PackedCache(Cache):
         """Forget all tokens."""
         self.filled = 0
         self.length.zero_()
+        self.start, self.padded_behind = None, False
 
     def take(self, other: "PackedCache", tokens: int) -> None:
         """Have, in an empty cache, the first tokens of another."""

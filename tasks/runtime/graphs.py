@@ -72,6 +72,8 @@ class DecodeGraph:
         cache = call.cache
         if not call.recordable or cache is None or call.ids.shape[1] != 1 or not cache.filled or not cache.has_room(1):
             return None
+        if cache.padded_behind:  # the forward refuses it
+            return None
         graph: DecodeGraph | None = cache.decode_graph
         if graph is None or graph.places != cache.places:
             if cache.stepped_at != cache.places:
@@ -85,6 +87,8 @@ class DecodeGraph:
         self._ids.copy_(call.ids)
         if call.positions is None:
             self._positions.fill_(self._cache.filled)
+            if self._cache.start is not None:
+                self._positions.sub_(self._cache.start.unsqueeze(1))
         else:
             self._positions.copy_(call.positions.expand(self._ids.shape))
         self._graph.replay()

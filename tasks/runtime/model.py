@@ -109,11 +109,15 @@ def _attach_cache(model: Any, base: nn.Module) -> None:
         if not isinstance(cache, PackedCache) or cache.batch != batch:
             raise ConfigError(f"this model's KV cache is packed; pass model.new_cache({batch}), or none")
         mask = kwargs.pop("attention_mask", None)
+        if cache.padded_behind:
+            raise ConfigError(_RIGHT_PADDING)
         if mask is not None and cache.filled == 0 and count > 1:
-            cache.start = _padding(mask)
+            cache.start, cache.padded_behind = _padding(mask)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(cache.filled, cache.filled + count, device=tokens.device).unsqueeze(0)
+            if cache.start is not None:  # padding takes no positions: how far the prefix is would depend on it
+                positions = positions - cache.start.unsqueeze(1)
         kwargs["position_ids"] = positions + model.num_prefix_tokens
         cache.begin(count)
         return args, kwargs | {cache_name(base): cache, "packed_cache": cache, "use_cache": True}
@@ -126,9 +130,18 @@ def _attach_cache(model: Any, base: nn.Module) -> None:
     base.register_forward_hook(after, with_kwargs=True)
 
 
-def _padding(mask: Tensor) -> Tensor | None:
-    """Return the first place of each sequence that is no padding, or None if none is padded on the left."""
+_RIGHT_PADDING = (
+    "nothing can follow a batch whose attention_mask is 0 behind a token: the packed cache holds padding as tokens; "
+    "pad on the left (tokenizer.padding_side = 'left')"
+)
+
+
+def _padding(mask: Tensor) -> tuple[Tensor | None, bool]:
+    """Return the first place of each sequence that is no padding, None if none is padded on the left; and whether there
+    is padding behind a token, which the tokens before it do not see."""
     if mask.dim() != 2:
         raise ConfigError(f"attention_mask must be [batch, tokens], 0 where padded, got {tuple(mask.shape)}")
-    starts = mask.ne(0).int().argmax(dim=1).to(torch.int32)
-    return starts if bool(starts.any()) else None
+    real = mask.ne(0).int()
+    starts, behind = real.argmax(dim=1).to(torch.int32), (real.diff(dim=1) < 0).any()
+    left, right = torch.stack([starts.any(), behind]).tolist()
+    return starts if left else None, right

@@ -96,6 +96,23 @@ def test_padding_on_the_right_changes_nothing_before_it(loaded):
         assert tiny.relative_error(padded[row, :length], alone[0]) < 1e-5
 
 
+@pytest.mark.parametrize("positions", ["none", "of the mask"])
+def test_padding_on_the_left_changes_nothing_behind_it(loaded, positions):
+    ids, mask = tiny.random_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    given = {} if positions == "none" else {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    padded = loaded(input_ids=ids * mask, attention_mask=mask, **given).logits
+    for row, start in enumerate((0, 7)):
+        alone = loaded(input_ids=ids[row : row + 1, start:]).logits
+        assert tiny.relative_error(padded[row, start:], alone[0]) < 1e-5
+
+
+def test_given_positions_count_from_the_first_token_behind_the_prefix(loaded):
+    ids = tiny.random_ids(2, 20)
+    wanted = loaded(input_ids=ids).logits
+    assert torch.equal(loaded(input_ids=ids, position_ids=torch.arange(20)[None]).logits, wanted)
+
+
 def test_greedy_generation_equals_a_full_forward_for_each_token(loaded):
     prompt = tiny.random_ids(2, 6)
     wanted = prompt

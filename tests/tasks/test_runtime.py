@@ -90,6 +90,35 @@ def test_padded_batches_generate_what_each_prompt_does_alone(model):
     assert together[:, -5:].tolist() == alone
 
 
+def test_padding_on_the_left_moves_no_token_from_the_prefix(static):
+    model = QuantizedCausalLM.load(static.folder, dtype=torch.float32)
+    ids, mask = tiny.random_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    cache = model.new_cache(2)
+    name = cache_name(model.base_model)
+    padded = torch.cat(
+        [
+            model(input_ids=ids[:, :18], attention_mask=mask[:, :18], **{name: cache}).logits,
+            model(input_ids=ids[:, 18:19], **{name: cache}).logits,
+            model(input_ids=ids[:, 19:], attention_mask=mask, **{name: cache}).logits,
+        ],
+        dim=1,
+    )
+    alone = model(input_ids=ids[1:, 7:]).logits[0]
+    # The same products in batches of another shape: their last bits may differ, and then a code.
+    assert torch.isclose(padded[1, 7:], alone, rtol=1e-4, atol=1e-4).all(-1).float().mean() > 0.8
+
+
+def test_padding_on_the_right_changes_nothing_before_it_and_nothing_may_follow_it(static):
+    model = QuantizedCausalLM.load(static.folder, dtype=torch.float32)
+    ids, mask = tiny.random_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[1, 13:] = 0
+    padded, alone = model(input_ids=ids, attention_mask=mask).logits[1, :13], model(input_ids=ids[1:, :13]).logits[0]
+    assert torch.isclose(padded, alone, rtol=1e-4, atol=1e-4).all(-1).float().mean() > 0.8
+    with pytest.raises(ConfigError, match="pad on the left"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
 def test_weights_and_cache_are_a_quarter_of_16_bits(static):
     model = QuantizedCausalLM.load(static.folder)
     linear = model.model.layers[0].mlp.down
@@ -127,8 +156,9 @@ def test_another_cache_and_beams_are_refused(static):
         ("llama", {"quantize": {"activations": {"bits": 6}}}, "4 or 8 bits"),
         ("llama", {"quantize": {"keys": "off"}}, "keys must be static symmetric 4-bit"),
         ("mistral-window", {}, "without a sliding window"),
+        ("llama", {"config.hidden_act": "gelu_pytorch_tanh"}, "hidden_act must be silu"),
     ],
-    ids=["weights", "activations", "keys", "window"],
+    ids=["weights", "activations", "keys", "window", "hidden-act"],
 )
 def test_what_no_kernel_runs_is_refused(tmp_path, variant, settings, message):
     with pytest.raises(ConfigError, match=message):
