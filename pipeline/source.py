@@ -22,6 +22,9 @@ from prefixquant.tasks.model.checkpoint import Checkpoint
 _PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """Files of a model folder that decide what it computes: weights, config, tokenizer, chat template."""
 
+_COPIES = "consolidated*.safetensors"
+"""The same weights once more, for another program, as Mistral's folders hold them."""
+
 
 def resolve_source(model: ModelConfig) -> Path | str:
     """Return the local folder or .gguf file of a model, or its URL; a hub id's files are downloaded if need be.
@@ -67,13 +70,18 @@ def _resolve_local(model: ModelConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=list(_PATTERNS)))
+        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=list(_PATTERNS), ignore_patterns=_COPIES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise CheckpointError(
             f"model.source {model.source!r} is no local path and cannot be had from the hub ({reason}); "
             f"check the id, your network and token, or give a local folder"
         ) from err
+
+
+def _decides(name: str) -> bool:
+    """Return whether a file of a model folder decides what the model computes."""
+    return any(fnmatch(name, pattern) for pattern in _PATTERNS) and not fnmatch(name, _COPIES)
 
 
 def source_fingerprint(place: str | Path) -> str:
@@ -85,7 +93,7 @@ def source_fingerprint(place: str | Path) -> str:
     if is_remote(place):
         return _remote_fingerprint(str(place))
     path = Path(place)
-    files = [path] if path.is_file() else sorted({file for pattern in _PATTERNS for file in path.glob(pattern)})
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if _decides(file.name))
     if not files:
         raise CheckpointError(f"{path} holds no model files; give a model folder, a hub id or a .gguf file")
     memory = _Memory(cache_folder() / "fingerprints.json")
@@ -101,7 +109,7 @@ def source_fingerprint(place: str | Path) -> str:
 def _remote_fingerprint(url: str) -> str:
     folder = RemoteFolder(url)
     files = folder.files()
-    names = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in _PATTERNS))
+    names = sorted(filter(_decides, files))
     if not names:
         raise CheckpointError(f"{url} holds no model files; give a Hugging Face model folder")
     memory = _Memory(cache_folder() / "fingerprints.json")

@@ -1,5 +1,6 @@
 """A quantized model that computes with its codes: `QuantizedCausalLM.load(folder)`. Needs neither Ray nor MLflow."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class QuantizedCausalLM:
         model = Builder(source, device, dtype, fast_prompts).build()
         model.__class__ = type(f"Quantized{type(model).__name__}", (QuantizedCausalLM, type(model)), {})
         model.num_prefix_tokens, model.prompt_graphs = len(source.prefix_token_ids), PromptGraphs()
+        # These change the rotary frequencies with the longest sequence seen, on the host, where no graph looks.
+        model.recording = not re.search("dynamic|longrope", getattr(model.base_model.rotary_emb, "rope_type", ""))
         _attach_cache(model, model.base_model)
         return model.eval().requires_grad_(False)
 

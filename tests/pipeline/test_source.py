@@ -25,6 +25,7 @@ def test_a_fingerprint_depends_on_the_files_and_not_on_their_place(model, tmp_pa
     before = source_fingerprint(model)
     shutil.copytree(model, tmp_path / "copy")
     (tmp_path / "copy" / "README.md").write_text("decides nothing")
+    (tmp_path / "copy" / "consolidated.safetensors").write_bytes(b"the same weights for another program")
     assert source_fingerprint(tmp_path / "copy") == before
     tiny.edit_config(tmp_path / "copy", rope_theta=5.0)
     assert source_fingerprint(tmp_path / "copy") != before

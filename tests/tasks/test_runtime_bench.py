@@ -37,6 +37,14 @@ def test_a_random_model_keeps_its_activations_near_one_and_its_operators_are_rig
     assert check.ok
 
 
+@pytest.mark.parametrize(("rope_type", "recorded"), [("default", True), ("linear", True), ("dynamic", False)])
+def test_frequencies_that_follow_the_longest_sequence_are_not_recorded(rope_type, recorded):
+    cpu, config = torch.device("cpu"), SHAPE.config()
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    model = QuantizedCausalLM.build(RandomSource(config, cpu), cpu, torch.bfloat16)
+    assert model.recording == recorded
+
+
 def test_the_check_finds_what_is_wrong():
     codes = torch.randint(-8, 8, (64, 64), generator=torch.Generator().manual_seed(0))
     assert difference(codes.to(torch.int8), codes.to(torch.int8)) == 0
