@@ -149,8 +149,8 @@ def execute(
     """Build what the targets lack and return what became of every node.
 
     A task that raises fails its node; what does not depend on it goes on and is stored. A damaged input is discarded
-    and built again. SIGINT or SIGTERM ends the run; what is under way ends with the session. In each case the published artifacts
-    stay, and the next call goes on from them.
+    and built again. SIGINT or SIGTERM ends the run; what is under way ends with the session. In each case the
+    published artifacts stay, and the next call goes on from them.
 
     Args:
         graph: a graph that passes `check`.
