@@ -236,7 +236,7 @@ def _run_in(
         raise GraphError(f"task {call.task.name!r} did not yield {missing}, which node {call.node!r} declares")
     result = NodeResult(
         seconds=time.perf_counter() - start,
-        peak_host_bytes=_peak_host_bytes(),
+        peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         stored_bytes=0,
         metrics={name: float(value) for name, value in output.metrics.items()},
@@ -312,7 +312,8 @@ def _reset_peaks(device: torch.device) -> None:
         return  # no such file here: the peak then covers the whole life of the process
 
 
-def _peak_host_bytes() -> int:
+def peak_host_bytes() -> int:
+    """Return the largest resident memory of this process since a task began, or where that is not known, ever."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
