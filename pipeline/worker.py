@@ -112,6 +112,9 @@ class NodeResult:
     written_bytes: int = 0
     """Written to the store, byproducts included."""
 
+    processor_seconds: float = 0.0
+    """Of this process, all threads, in that time: what a busy machine does not lengthen. 0: not known."""
+
 
 class Messages(Protocol):
     """Takes what a task says while it is under way: the mailbox of a run on Ray, for one."""
@@ -206,7 +209,7 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
 def _run_in(
     call: NodeCall, store: ArtifactStore, device: torch.device, ranks: Ranks, scratch: Callable[[], Path]
 ) -> NodeResult:
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     assert call.task.run is not None, f"{call.node} can only be yielded"
     wanted = frozenset(label for label, each in call.byproducts.items() if each.wanted)
     send = _sender(call, ranks)
@@ -241,6 +244,7 @@ def _run_in(
         stored_bytes=0,
         metrics={name: float(value) for name, value in output.metrics.items()},
         read_bytes=traffic.read,
+        processor_seconds=time.process_time() - processor_start,
     )
     if ranks.rank != 0:
         return result
@@ -251,6 +255,7 @@ def _run_in(
         "inputs": {name: key if isinstance(key, str) else list(key) for name, key in call.input_keys.items()},
         "node": call.node,
         "seconds": result.seconds,
+        "processor_seconds": result.processor_seconds,
         "peak_host_bytes": result.peak_host_bytes,
         "peak_device_bytes": result.peak_device_bytes,
         "read_bytes": result.read_bytes,
@@ -270,6 +275,7 @@ def _run_in(
         stored_bytes=manifest.size,
         written_bytes=manifest.size + traffic.written,
         byproducts=products.stored(),
+        processor_seconds=time.process_time() - processor_start,
     )
 
 
