@@ -8,16 +8,22 @@ from typing import Any, Self
 from prefixquant.cluster.errors import ResourceError
 from prefixquant.cluster.ray_session import Ref
 
+Listener = Callable[[dict[str, Any]], None]
+
 
 class InlineMailbox:
     """Where a function that runs here leaves its messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Listener | None = None) -> None:
         self._messages: list[dict[str, Any]] = []
+        self._listener = listener
 
     def put(self, message: dict[str, Any]) -> None:
-        """Keep a message."""
-        self._messages.append(message)
+        """Keep a message, or give it to who listens."""
+        if self._listener is None:
+            self._messages.append(message)
+        else:
+            self._listener(message)
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Return True: nothing is under way."""
@@ -55,15 +61,18 @@ class _Call:
 class InlineSession:
     """What a RaySession does, where Ray is not installed or one process is wanted. Nothing is tried twice."""
 
-    def __init__(self, *, device: str, cpus: int = 1) -> None:
-        """`device`: where tasks compute, e.g. `cuda:0`. `cpus`: cores of each."""
+    def __init__(self, *, device: str, cpus: int = 1, listener: Listener | None = None) -> None:
+        """`device`: where tasks compute, e.g. `cuda:0`. `cpus`: cores of each.
+
+        `listener`: gets what functions say at once, instead of `messages`, which comes to it when they have ended.
+        """
         self.device: str | None = device
         """Where tasks compute."""
         self.cpus = cpus
         """Cores, all of which one task has."""
         self.gpus = int(device.startswith("cuda"))
         """GPUs."""
-        self._mailbox = InlineMailbox()
+        self._mailbox = InlineMailbox(listener)
 
     def __enter__(self) -> Self:
         return self

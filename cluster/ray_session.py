@@ -113,8 +113,8 @@ class RaySession:
 
     def close(self) -> None:
         """Disconnect, which ends a cluster started by `connect`. One that was there before stays."""
-        if self._box is not None:
-            box, self._box = self._box, None
+        box, self._box = self._box, None
+        if box is not None and not self._owned:  # otherwise it ends with the connection
             self._ray.kill(box)
         if self._owned:
             self._owned = False
@@ -131,10 +131,8 @@ class RaySession:
         if not self._asked_gpu and self.gpus:
             self._asked_gpu = True
             probe = self._ray.remote(num_cpus=0, num_gpus=0.01, max_calls=1)(_look_at_gpu).remote()
-            if self.wait([probe], timeout=_PROBE_TIMEOUT_S):
+            if self.wait([probe], timeout=_PROBE_TIMEOUT_S):  # otherwise all are taken by others; it ends by itself
                 self._gpu = self.result(probe)
-            else:
-                self.cancel([probe])  # all are taken by others
         return self._gpu
 
     def fit_bytes(self, memory: int, disk: int) -> dict[str, Any]:
@@ -227,9 +225,13 @@ class RaySession:
             raise TaskLostError(f"{type(err).__name__}: {first_line(err)}") from err
 
     def cancel(self, refs: Sequence[Ref]) -> None:
-        """Interrupt the tasks that are under way and forget those that wait. What they have published stays."""
+        """Interrupt the tasks that are under way and forget those that wait. What they have published stays.
+
+        Those that have ended are left alone: see `abandon` for one that ends just now.
+        """
         for ref in refs:
-            self._ray.cancel(ref, force=False)
+            if not self.wait([ref], timeout=0):
+                self._ray.cancel(ref, force=False)
 
     def abandon(self, refs: Sequence[Ref]) -> None:
         """Wait no longer for the tasks, which end with the connection at the latest.

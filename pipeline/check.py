@@ -24,6 +24,8 @@ class Measured:
     read_bytes: int
     written_bytes: int
     """To the store; of a task known from its manifest, its own artifact alone."""
+    processor_seconds: float = 0.0
+    """Of its process; 0: not known."""
 
     @classmethod
     def of(cls, result: NodeResult) -> "Measured":
@@ -34,6 +36,7 @@ class Measured:
             device_bytes=result.peak_device_bytes,
             read_bytes=result.read_bytes,
             written_bytes=result.written_bytes,
+            processor_seconds=result.processor_seconds,
         )
 
 
@@ -56,6 +59,8 @@ class StageCheck:
     predicted_device_bytes: int
     read_bytes: int
     written_bytes: int
+    processor_seconds: float = 0.0
+    """Of its tasks' processes: on a machine without GPU that others use too, this is to be compared."""
 
     @property
     def seconds_ratio(self) -> float:
@@ -96,6 +101,7 @@ def stored_measurements(graph: Graph, store: ArtifactStore) -> tuple[dict[str, M
             device_bytes=meta["peak_device_bytes"],
             read_bytes=meta.get("read_bytes", 0),
             written_bytes=manifest.size,
+            processor_seconds=meta.get("processor_seconds", 0.0),
         )
     return found, device
 
@@ -120,6 +126,7 @@ def compare(graph: Graph, measured: Mapping[str, Measured], shape: Shape, machin
             predicted_device_bytes=max(cost.device_bytes for _, cost in pairs),
             read_bytes=sum(took.read_bytes for took, _ in pairs),
             written_bytes=sum(took.written_bytes for took, _ in pairs),
+            processor_seconds=sum(took.processor_seconds for took, _ in pairs),
         )
         for stage, pairs in stages.items()
     ]
@@ -132,6 +139,7 @@ _COLUMNS = (
     "plan",
     "ratio",
     "slowest",
+    "cpu s",
     "host GB",
     "plan",
     "GPU GB",
@@ -143,10 +151,13 @@ _COLUMNS = (
 
 
 def table(rows: Iterable[StageCheck]) -> list[str]:
-    """Return lines for people: measured, `plan` what was predicted, `ratio` predicted over measured."""
+    """Return lines for people: measured, `plan` what was predicted, `ratio` predicted over measured.
+
+    `cpu s`: seconds of the processor, to tell a wrong prediction from a machine that had other work.
+    """
     lines = ["{:<10}{:>6}".format(*_COLUMNS[:2]) + "".join(f"{name:>9}" for name in _COLUMNS[2:])]
     for row in rows:
-        seconds = (row.seconds, row.predicted_seconds, row.seconds_ratio, row.slowest)
+        seconds = (row.seconds, row.predicted_seconds, row.seconds_ratio, row.slowest, row.processor_seconds)
         memory = (row.host_bytes, row.predicted_host_bytes, row.device_bytes, row.predicted_device_bytes)
         moved = (row.read_bytes, row.written_bytes)
         cells = [*seconds, *(each / 1e9 for each in memory), row.memory_ratio, *(each / 1e9 for each in moved)]

@@ -83,8 +83,8 @@ class _Planned:
     sizes: Any
     machine: Any
     store: Any
-    rebuild: Callable[[Any], Any]
-    """From a recipe of the same model to its graph."""
+    rebuild: Callable[[Any, int], Any]
+    """From a recipe of the same model, and the tasks that run at the same time, to its graph."""
 
     def cluster(
         self,
@@ -147,7 +147,7 @@ def _planned(
         sizes=Shape.of(model, dtype, recipe),
         machine=kind,
         store=store,
-        rebuild=lambda other: build_graph(other, source, model, machine=kind),
+        rebuild=lambda other, workers: build_graph(other, source, model, machine=kind, workers=workers),
     )
 
 
@@ -246,10 +246,9 @@ def _show_scaling(planned: _Planned, counts: list[int], gpus_per_node: int, as_j
     if not planned.machine.memory_bytes:
         raise ConfigError("--gpus counts GPUs and none is planned with; add --machine, e.g. --machine H100")
 
-    def graph_of(segments: int) -> Any:
-        if recipe.train is None:
-            return planned.graph
-        return planned.rebuild(replace(recipe, train=replace(recipe.train, segments=segments)))
+    def graph_of(gpus: int, segments: int) -> Any:
+        cut = recipe if recipe.train is None else replace(recipe, train=replace(recipe.train, segments=segments))
+        return planned.rebuild(cut, gpus)
 
     def names_of(graph: Any) -> list[str]:
         return [name for name in graph.order if graph.nodes[name].task.run is not None]

@@ -206,7 +206,7 @@ class ScalingRow:
 
 
 def scaling(
-    graph_of: Callable[[int], Graph],
+    graph_of: Callable[[int, int], Graph],
     names_of: Callable[[Graph], Collection[str]],
     shape: Shape,
     machine: Machine,
@@ -216,14 +216,13 @@ def scaling(
 ) -> list[ScalingRow]:
     """Return for each number of GPUs and of segments the schedule of the run; segments beyond the GPUs are left out.
 
-    `graph_of(segments)` builds the graph, `names_of` its nodes that run. Raises ConfigError for a count that is neither
-    part of a node nor whole nodes.
+    `graph_of(gpus, segments)` builds the graph that a run on so many GPUs has, `names_of` its nodes that run. Raises
+    ConfigError for a count that is neither part of a node nor whole nodes.
     """
     odd = [gpus for gpus in counts if gpus < 1 or (gpus > gpus_per_node and gpus % gpus_per_node)]
     if odd:
         raise ConfigError(f"{odd[0]} GPUs are no whole nodes of {gpus_per_node}; give fewer, or a multiple")
     rows = []
-    graphs: dict[int, Graph] = {}
     for gpus in counts:
         cluster = Cluster(
             machine=machine,
@@ -236,7 +235,7 @@ def scaling(
         for count in segments:
             if count > gpus:
                 continue
-            graph = graphs.setdefault(count, graph_of(count))
+            graph = graph_of(gpus, count)
             gangs = [node for node in graph.nodes.values() if node.resources.gang is not None]
             ranks = max((ranks_of(node, cluster.slots, None) for node in gangs), default=1)
             schedule = schedule_of(graph, names_of(graph), shape, cluster, None)

@@ -16,7 +16,7 @@ from prefixquant.kernels.hadamard.reference import hadamard_axes
 from prefixquant.pipeline.graph import Estimate, Node
 from prefixquant.pipeline.machines import Machine, Work
 from prefixquant.pipeline.recipe import Recipe
-from prefixquant.tasks.evaluate import BATCH_TOKENS
+from prefixquant.tasks.evaluate import BATCH_TOKENS, windows_a_batch
 from prefixquant.tasks.load import LoadedModel
 from prefixquant.tasks.model.sites import ALL_SITES, head_size
 from prefixquant.tasks.profiles.export import MEASURED_TOKENS
@@ -431,7 +431,8 @@ def _evaluate(shape: Shape, *, shards: int, quantized: bool) -> _Cost:
     passes["flops"][f"forward_{_rate(shape.dtype)}"] += _head(shape, tokens)
     block = shape.quantized_bytes if quantized else shape.block_bytes
     stream, head = shape.stream_bytes(tokens), shape.ends_bytes / 2
-    in_blocks = shape.block_bytes + 2 * stream + shape.forward_bytes(min(FORWARD_TOKENS, tokens))
+    at_once = min(windows_a_batch(shape.window) * shape.window, tokens)
+    in_blocks = shape.block_bytes + 2 * stream + shape.forward_bytes(at_once)
     return _Cost(
         work=Work(
             stage="evaluate",

@@ -70,7 +70,11 @@ def _resolve_local(model: ModelConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=list(_PATTERNS), ignore_patterns=_COPIES))
+        return Path(
+            snapshot_download(
+                model.source, revision=model.revision, allow_patterns=list(_PATTERNS), ignore_patterns=_COPIES
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise CheckpointError(

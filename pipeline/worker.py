@@ -112,6 +112,9 @@ class NodeResult:
     written_bytes: int = 0
     """Written to the store, byproducts included."""
 
+    processor_seconds: float = 0.0
+    """Of this process, all threads, in that time: what a busy machine does not lengthen. 0: not known."""
+
 
 class Messages(Protocol):
     """Takes what a task says while it is under way: the mailbox of a run on Ray, for one."""
@@ -206,7 +209,7 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
 def _run_in(
     call: NodeCall, store: ArtifactStore, device: torch.device, ranks: Ranks, scratch: Callable[[], Path]
 ) -> NodeResult:
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     assert call.task.run is not None, f"{call.node} can only be yielded"
     wanted = frozenset(label for label, each in call.byproducts.items() if each.wanted)
     send = _sender(call, ranks)
@@ -236,11 +239,12 @@ def _run_in(
         raise GraphError(f"task {call.task.name!r} did not yield {missing}, which node {call.node!r} declares")
     result = NodeResult(
         seconds=time.perf_counter() - start,
-        peak_host_bytes=_peak_host_bytes(),
+        peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         stored_bytes=0,
         metrics={name: float(value) for name, value in output.metrics.items()},
         read_bytes=traffic.read,
+        processor_seconds=time.process_time() - processor_start,
     )
     if ranks.rank != 0:
         return result
@@ -251,6 +255,7 @@ def _run_in(
         "inputs": {name: key if isinstance(key, str) else list(key) for name, key in call.input_keys.items()},
         "node": call.node,
         "seconds": result.seconds,
+        "processor_seconds": result.processor_seconds,
         "peak_host_bytes": result.peak_host_bytes,
         "peak_device_bytes": result.peak_device_bytes,
         "read_bytes": result.read_bytes,
@@ -270,6 +275,7 @@ def _run_in(
         stored_bytes=manifest.size,
         written_bytes=manifest.size + traffic.written,
         byproducts=products.stored(),
+        processor_seconds=time.process_time() - processor_start,
     )
 
 
@@ -312,7 +318,8 @@ def _reset_peaks(device: torch.device) -> None:
         return  # no such file here: the peak then covers the whole life of the process
 
 
-def _peak_host_bytes() -> int:
+def peak_host_bytes() -> int:
+    """Return the largest resident memory of this process since a task began, or where that is not known, ever."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -14,11 +14,16 @@ H200 = find_machine("NVIDIA H200")
 
 
 def build(
-    shape: str, dtype: str, *overrides: str, machine: Machine = H200, recipe: str = "w4a4kv4-static-trained"
+    shape: str,
+    dtype: str,
+    *overrides: str,
+    machine: Machine = H200,
+    recipe: str = "w4a4kv4-static-trained",
+    workers: int = 1,
 ) -> tuple[Graph, Shape, Recipe]:
     """Return graph, sizes and recipe of a model of this shape, which reads texts that need no download."""
     own = ["data.calibration=python-docs", "evaluate.texts=[python-docs]"]
     checked = load_recipe(recipe, [*own, *overrides])
     model = replace(shape_model(shape), dtype=dtype)
-    graph = build_graph(checked, Source(path=Path("x"), fingerprint="x"), model, machine=machine)
+    graph = build_graph(checked, Source(path=Path("x"), fingerprint="x"), model, machine=machine, workers=workers)
     return graph, Shape.of(model, dtype, checked), checked

@@ -33,6 +33,14 @@ def test_messages_are_taken_once():
     assert session.messages() == []
 
 
+def test_a_listener_gets_messages_at_once():
+    heard = []
+    session = InlineSession(device="cpu", listener=heard.append)
+    session.mailbox().put({"key": "a"})
+    assert heard == [{"key": "a"}]
+    assert session.messages() == []
+
+
 def test_requests_are_cut_to_one_process_and_several_ranks_are_refused():
     session = InlineSession(device="cpu", cpus=2)
     assert session.fit(16, 1) == (2, 0)

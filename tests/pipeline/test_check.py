@@ -75,6 +75,7 @@ def test_manifests_tell_what_stored_tasks_took(done):
     for row in rows:
         assert row.memory_ratio == pytest.approx(1.0, rel=0.5), row.stage
         assert row.seconds > 0
+        assert row.processor_seconds > 0
     blocks = next(row for row in rows if row.stage == "block")
     assert blocks.read_bytes > 0
     assert blocks.written_bytes > 0

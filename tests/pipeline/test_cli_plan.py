@@ -59,6 +59,16 @@ def test_scaling_is_a_table_with_a_row_for_each_choice(plan, tmp_path):
     assert sum(line.startswith("| 8 |") for line in out.splitlines()) == 4
 
 
+def test_scaling_cuts_what_is_measured_as_a_run_on_so_many_gpus_would(plan, tmp_path):
+    large = (*LARGE, "--store", tmp_path, "--gpus", "4", "--json")
+    seconds = {}
+    for parts, override in (("asked", "evaluate.shards=4"), ("whole", "evaluate.shards=1"), ("own", None)):
+        _, out, _ = plan(*large, *([override] if override else []))
+        seconds[parts] = [row["seconds"] for row in json.loads(out.splitlines()[-1])["scaling"]]
+    assert seconds["own"] == seconds["asked"]
+    assert seconds["own"] != seconds["whole"]
+
+
 def test_check_compares_with_the_stored_tasks_of_the_recipe(plan, done):
     status, out, _ = plan(done.recipe_file(), "--store", done.store_path, "--check", "--json")
     assert status == 0

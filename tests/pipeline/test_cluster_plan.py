@@ -91,8 +91,9 @@ def test_a_disk_too_small_for_the_store_is_refused():
 def test_more_gpus_and_more_segments_are_faster_up_to_the_longest_chain():
     _, sizes, _ = build("llama-3-70b", "bfloat16", machine=H100, recipe=LARGE)
 
-    def graph_of(segments):
-        return build("llama-3-70b", "bfloat16", f"train.segments={segments}", machine=H100, recipe=LARGE)[0]
+    def graph_of(gpus, segments):
+        own = f"train.segments={segments}"
+        return build("llama-3-70b", "bfloat16", own, machine=H100, recipe=LARGE, workers=gpus)[0]
 
     rows = scaling(graph_of, run_names, sizes, H100, [1, 8, 64], [1, 8])
     found = {(row.gpus, row.segments): row for row in rows}
@@ -111,7 +112,7 @@ def test_more_gpus_and_more_segments_are_faster_up_to_the_longest_chain():
 def test_gpus_that_make_no_whole_nodes_are_refused():
     graph, sizes, _ = build("llama-3-70b", "bfloat16", machine=H100, recipe=LARGE)
     with pytest.raises(ConfigError, match="12 GPUs are no whole nodes of 8"):
-        scaling(lambda segments: graph, run_names, sizes, H100, [12], [1])
+        scaling(lambda gpus, segments: graph, run_names, sizes, H100, [12], [1])
 
 
 def test_without_gpus_the_slots_are_cores():

@@ -99,6 +99,13 @@ def test_what_is_measured_in_parts_costs_its_share_and_the_merging_next_to_nothi
         assert halves[f"{kind}[{inside}]"].estimate.seconds < 0.2
 
 
+def test_an_evaluation_holds_one_batch_of_windows_at_once_and_the_stream_of_all():
+    four, eight = (build("llama-3-8b", "bfloat16", f"evaluate.max_windows={windows}")[0].nodes for windows in (4, 8))
+    name = "evaluate[quantized,python-docs]"
+    more = eight[name].estimate.device_bytes - four[name].estimate.device_bytes
+    assert 4 * 2048 * 4096 * 2 <= more <= 2 * 4 * 2048 * 4096 * 2  # 4 windows of 2048 tokens, 4096 channels, 2 bytes
+
+
 def test_a_task_holds_the_model_whole_or_its_share_of_several_gpus():
     one, two = (
         build("llama-3-8b", "bfloat16", "evaluate.tasks=[piqa]", f"evaluate.gpus={gpus}")[0].nodes for gpus in (1, 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,35 @@ def test_a_rehearsal_on_ray_gives_the_same_artifacts_as_one_in_this_process(tmp_
         manifests = [store.manifest(rehearsal.graph.key(node)) for node in blocks]
         found[name] = [sorted((file, each.sha256) for file, each in m.files.items()) for m in manifests]
     assert found["here"] == found["ray"]
+
+
+def test_a_rehearsal_that_is_killed_while_it_trains_has_told_what_came_before(tmp_path):
+    module = [sys.executable, "-m", "prefixquant.pipeline.rehearse", "--shape", "tiny", "--folder", tmp_path]
+    command = [*module, "--inline", "--json", "--until", "train", "search=off", "prefix.tokens=[0]", *SMALL]
+    told = []
+    with subprocess.Popen([*command, "train.epochs=500"], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            told.append(json.loads(line))
+            if "epoch_seconds" in told[-1]:
+                process.kill()
+                break
+    stages = [record["stage"] for record in told if "seconds" in record]
+    assert list(dict.fromkeys(stages)) == ["checkpoint", "tokens", "rotate", "prefix", "stream", "calibrate", "block"]
+    for record in told[1:-1]:
+        assert record["host_bytes"] > 2**20
+        assert {"device_bytes", "predicted_seconds", "predicted_host_bytes", "predicted_device_bytes"} <= record.keys()
+    assert told[-1]["text"].startswith("block 0 epoch 1/500: loss ")
+    assert told[-1].keys() >= {"host_bytes", "peak_device_gb", "loss"}
+
+
+def test_a_rehearsal_ends_with_the_stage_that_was_asked_for(tmp_path, capsys):
+    overrides = ["search=off", "prefix.tokens=[0]", *SMALL]
+    assert main(["--shape", "tiny", "--inline", "--folder", str(tmp_path), "--until", "rotate", *overrides]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[1:-1]] == ["stage", "rotate"]
+    assert re.search(r"^\[\d+\.\d s\] rotate\[1\] \d+\.\d\d s$", err, re.MULTILINE)
+    assert main(["--shape", "tiny", "--inline", "--folder", str(tmp_path), "--until", "polish", *overrides]) == 2
+    assert "--until polish: the recipe has no such stage; it has load, tokens, rotate, " in capsys.readouterr().err
 
 
 def test_a_wrong_override_is_one_message_and_status_2(tmp_path, capsys):

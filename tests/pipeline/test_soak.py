@@ -1,6 +1,7 @@
 """Kill something at random for minutes on end; every run must still come to what an undisturbed one comes to.
 
-Opt-in: `make soak`, or PREFIXQUANT_SOAK_MINUTES=5 pytest -m soak. PREFIXQUANT_SOAK_SEED repeats the order of the kills.
+Opt-in: `make soak`, or PREFIXQUANT_SOAK_MINUTES=5 pytest -m soak. It says what it kills as it goes, and its seed:
+PREFIXQUANT_SOAK_SEED repeats what is killed and after how many seconds.
 """
 
 import os
@@ -17,7 +18,7 @@ from nodes import Nodes, kill
 
 MINUTES = float(os.environ.get("PREFIXQUANT_SOAK_MINUTES", "0"))
 SEED = int(os.environ.get("PREFIXQUANT_SOAK_SEED", str(int(time.time()))))
-WEIGHTS = {"worker": 5, "node": 3, "driver": 2, "head": 1}
+ROUND = ["worker"] * 5 + ["node"] * 3 + ["driver"] * 2 + ["head"]
 PAUSE_S = (3.0, 30.0)
 
 pytestmark = [
@@ -27,67 +28,98 @@ pytestmark = [
 ]
 
 
-def disturb(what, nodes, driver, *, advanced):
-    """Kill one thing, and replace what does not come back by itself. Return whether there was one.
+class Disturbance:
+    """Kills one thing after another, in rounds of `ROUND` in random order, until each kind was and time is over."""
 
-    What ends the run is spared until that has `advanced`, or none would ever come to its end.
-    """
-    if what in ("driver", "head") and not advanced:
-        return False
-    if what == "worker":
-        victims = nodes.workers("ray::")
-        return bool(victims) and kill(random.choice(victims))
-    if what == "node":
-        nodes.remove(random.choice(nodes.nodes))
-        nodes.add()
-    elif what == "head":
-        nodes.restart_head()
-    else:
-        driver.kill()
-    return True
+    def __init__(self, nodes, seconds):
+        self.nodes, self.random = nodes, random.Random(SEED)
+        self.start = time.monotonic()
+        self.end = self.start + seconds
+        self.killed = Counter(dict.fromkeys(ROUND, 0))
+        self._round = []
+        self._pause()
+
+    def _pause(self):
+        self._next = time.monotonic() + self.random.uniform(*PAUSE_S)
+
+    @property
+    def over(self):
+        return time.monotonic() > self.end and all(self.killed.values())
+
+    def disturb(self, driver, *, advanced):
+        """Kill what is next if it is time to, and replace what does not come back by itself. Return what was killed.
+
+        What ends the run waits until that has `advanced`, or none would ever come to its end.
+        """
+        if self.over or time.monotonic() < self._next:
+            return None
+        if not self._round:
+            self._round = self.random.sample(ROUND, len(ROUND))
+        what = self._round[-1]
+        if (what in ("driver", "head") and not advanced) or not self._kill(what, driver):
+            return None
+        self._round.pop()
+        self._pause()
+        self.killed[what] += 1
+        say(f"{time.monotonic() - self.start:.0f} s: {what} killed")
+        return what
+
+    def _kill(self, what, driver):
+        nodes = self.nodes
+        if what == "worker":
+            victims = nodes.workers("ray::")
+            return bool(victims) and kill(self.random.choice(victims))
+        if what == "node":
+            nodes.remove(self.random.choice(nodes.nodes))
+            nodes.add()
+        elif what == "head":
+            nodes.restart_head()
+        else:
+            driver.kill()
+        return True
+
+
+def say(line):
+    print(f"soak, seed {SEED}: {line}", file=sys.stderr, flush=True)
 
 
 def test_what_is_killed_at_random_changes_no_digest(finished, tmp_path, capsys):
-    random.seed(SEED)
     world = type(finished)(tmp_path)
     write_model(world.model)
     torch.set_num_threads(1)
     graph, wanted = undisturbed(world.recipe(SLOW), tmp_path / "undisturbed")
     recipe, counts = world.recipe_file(SLOW), Counter()
-    end = time.monotonic() + 60 * MINUTES
-    with Nodes(2) as nodes:
-        while time.monotonic() < end or not counts["runs that came to the end"]:
-            one_run(nodes, recipe, world.store, end, counts)
-            assert digests(world.store, graph) == wanted, f"seed {SEED}: {counts}"
-            shutil.rmtree(world.store_path)
-    with capsys.disabled():
-        print(f"\n{MINUTES:g} minutes, seed {SEED}: {dict(counts)}", file=sys.stderr)
+    try:
+        with capsys.disabled(), Nodes(2) as nodes:
+            disturbance = Disturbance(nodes, 60 * MINUTES)
+            while not (disturbance.over and counts["runs that came to the end"]):
+                one_run(disturbance, recipe, world.store, counts)
+                assert digests(world.store, graph) == wanted
+                counts["runs whose digests are those of the undisturbed one"] += 1
+                shutil.rmtree(world.store_path)
+            minutes = (time.monotonic() - disturbance.start) / 60
+            say(f"{minutes:.0f} minutes, killed {dict(disturbance.killed)}; {dict(counts)}")
+    except BaseException as err:
+        err.add_note(f"PREFIXQUANT_SOAK_SEED={SEED} repeats it; so far {dict(counts)}")
+        raise
 
 
-def one_run(nodes, recipe, store, end, counts):
+def one_run(disturbance, recipe, store, counts):
     """Start a driver as often as it takes to come to the end of the recipe, with something killed now and then."""
     while True:
         counts["drivers started"] += 1
         before = len(store.keys())
-        with Driver(nodes, recipe, store.url) as driver:
-            next_kill = time.monotonic() + random.uniform(*PAUSE_S)
-            killed = False
-            while driver.process.poll() is None:
-                if next_kill < time.monotonic() < end:
-                    what = random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-                    if disturb(what, nodes, driver, advanced=len(store.keys()) > before):
-                        counts[f"killed: {what}"] += 1
-                        killed = what == "driver"
-                    next_kill = time.monotonic() + random.uniform(*PAUSE_S)
-                if killed:
-                    break
+        with Driver(disturbance.nodes, recipe, store.url) as driver:
+            what = None
+            while what != "driver" and driver.process.poll() is None:
+                what = disturbance.disturb(driver, advanced=len(store.keys()) > before)
                 time.sleep(0.1)
-            if killed:
+            if what == "driver":
                 continue
             status, _, stderr = driver.wait()
         if status == 0:
             counts["runs that came to the end"] += 1
             return
         gone = "no Ray cluster answers" in stderr  # the head was restarted while the driver started
-        assert status == 1 or gone, f"seed {SEED}, status {status}: {stderr}"
+        assert status == 1 or gone, f"status {status}: {stderr}"
         counts["drivers that gave up"] += 1
