@@ -1,4 +1,4 @@
-"""Hadamard transform and fake quantization of a row in one program, forward and backward.
+"""Hadamard transform and fake quantization of a row in one program, perhaps behind a SwiGLU, forward and backward.
 
 A row of n = A B values is a matrix [A, B], as in `kernel.py`; one scale for all rows.
 """
@@ -18,6 +18,11 @@ from prefixquant.kernels.hadamard.reference import hadamard_axes, hadamard_matri
 
 
 @triton.jit
+def _sigmoid(x):
+    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+
+
+@triton.jit
 def _transform(b_x, first, last, o_a, o_b, A: tl.constexpr, B: tl.constexpr):
     m_last = (o_b < B)[:, None] & (o_b < B)[None, :]
     b_h = tl.load(last + o_b[:, None] * B + o_b[None, :], mask=m_last, other=0.0)
@@ -30,11 +35,13 @@ def _transform(b_x, first, last, o_a, o_b, A: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def _hadamard_forward_kernel(
     x,
+    up,
     first,
     last,
     scale,
     transformed,
     y,
+    SWIGLU: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     BA: tl.constexpr,
@@ -45,7 +52,12 @@ def _hadamard_forward_kernel(
     o_a, o_b = tl.arange(0, BA), tl.arange(0, BB)
     m = (o_a < A)[:, None] & (o_b < B)[None, :]
     o = tl.program_id(0).to(tl.int64) * A * B + o_a[:, None] * B + o_b[None, :]
-    b_y = _transform(tl.load(x + o, mask=m, other=0.0), first, last, o_a, o_b, A, B)
+    b_x = tl.load(x + o, mask=m, other=0.0)
+    if SWIGLU:  # every step rounded to the type of x, as it would be on its own
+        gate = b_x.to(tl.float32)
+        b_x = (gate * _sigmoid(gate)).to(b_x.dtype)
+        b_x = (b_x.to(tl.float32) * tl.load(up + o, mask=m, other=0.0).to(tl.float32)).to(b_x.dtype)
+    b_y = _transform(b_x, first, last, o_a, o_b, A, B)
     tl.store(transformed + o, b_y, mask=m)
     b_s = tl.load(scale)
     _, centred, _ = row_codes(b_y.to(tl.float32), b_s, 0.0, LOW, HIGH)
@@ -56,11 +68,15 @@ def _hadamard_forward_kernel(
 def _hadamard_backward_kernel(
     grad,
     transformed,
+    x,
+    up,
     first,
     last,
     scale,
     dx,
+    dup,
     dscale,
+    SWIGLU: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     BA: tl.constexpr,
@@ -78,7 +94,15 @@ def _hadamard_backward_kernel(
     terms = b_g * (centred - tl.where(inside, ratio, 0.0))
     tl.store(dscale + i, tl.sum(tl.sum(terms, axis=1), axis=0))  # rows are added outside, in a fixed order
     b_g = tl.where(inside, b_g, 0.0).to(dx.dtype.element_ty)
-    tl.store(dx + o, _transform(b_g, first, last, o_a, o_b, A, B), mask=m)
+    b_d = _transform(b_g, first, last, o_a, o_b, A, B)
+    if SWIGLU:
+        gate = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+        sigmoid = _sigmoid(gate)
+        silu = (gate * sigmoid).to(b_d.dtype).to(tl.float32)
+        tl.store(dup + o, (b_d.to(tl.float32) * silu).to(b_d.dtype), mask=m)
+        b_d = (b_d.to(tl.float32) * tl.load(up + o, mask=m, other=0.0).to(tl.float32)).to(b_d.dtype)
+        b_d = (b_d.to(tl.float32) * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(b_d.dtype)
+    tl.store(dx + o, b_d, mask=m)
 
 
 def takes(x: Tensor) -> bool:
@@ -87,25 +111,39 @@ def takes(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and len(hadamard_axes(n)) == 2 and fits(n)
 
 
-def forward_triton(x_RN: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Return the transform of contiguous rows on the grid of a float32 scale, and the transform itself."""
+def forward_triton(
+    x_RN: Tensor, scale: Tensor, low: int, high: int, up_RN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the transform of contiguous rows (of silu(x) * up) on the grid of a float32 scale, and the transform."""
     transformed, y = torch.empty_like(x_RN), torch.empty_like(x_RN)
     matrices, sizes = _launch(x_RN, transposed=False)
-    _hadamard_forward_kernel[(len(x_RN),)](x_RN, *matrices, scale, transformed, y, LOW=low, HIGH=high, **sizes)
+    _hadamard_forward_kernel[(len(x_RN),)](
+        x_RN, x_RN if up_RN is None else up_RN, *matrices, scale, transformed, y,
+        SWIGLU=up_RN is not None, LOW=low, HIGH=high, **sizes,
+    )  # fmt: skip
     return y, transformed
 
 
 def backward_triton(
-    grad_RN: Tensor, transformed_RN: Tensor, scale: Tensor, low: int, high: int
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients for x, in its type, and for the scale."""
+    grad_RN: Tensor,
+    transformed_RN: Tensor,
+    scale: Tensor,
+    low: int,
+    high: int,
+    x_RN: Tensor | None = None,
+    up_RN: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the gradients for x, up (None without one; x is needed with it alone) and the scale."""
     dx = torch.empty_like(transformed_RN)
+    dup = None if up_RN is None else torch.empty_like(transformed_RN)
     dscale = torch.empty(len(dx), dtype=torch.float32, device=dx.device)
     matrices, sizes = _launch(dx, transposed=True)
     _hadamard_backward_kernel[(len(dx),)](
-        grad_RN, transformed_RN, *matrices, scale, dx, dscale, LOW=low, HIGH=high, **sizes
-    )
-    return dx, dscale.sum()
+        grad_RN, transformed_RN, dx if x_RN is None else x_RN, dx if up_RN is None else up_RN,
+        *matrices, scale, dx, dx if dup is None else dup, dscale,
+        SWIGLU=up_RN is not None, LOW=low, HIGH=high, **sizes,
+    )  # fmt: skip
+    return dx, dup, dscale.sum()
 
 
 def _launch(x_RN: Tensor, *, transposed: bool) -> tuple[list[Tensor], dict[str, int]]:

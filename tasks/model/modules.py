@@ -1,5 +1,6 @@
 """Modules that take the place of a block's linears and norms. Letters: B batch, T tokens, D channels, O outputs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,6 +78,14 @@ class SiteLinear(nn.Module):
         self.weight_on_grid: Tensor | None = None
         """What it returned, if that was computed ahead of the forward (`Block.weights_on_grid`)."""
 
+    def of_swiglu(self, gate_BTD: Tensor, up_BTD: Tensor) -> Tensor:
+        """Return what the forward makes of silu(gate) * up; while gradients are recorded, in fewer passes."""
+        if torch.is_grad_enabled() and self.hadamard and self.site is not None and self.site.is_static_tensor:
+            quantizer: Any = self.site.quantizer
+            return self._product(hadamard_fake_quantize(gate_BTD, quantizer.scale, *quantizer.code_range, up=up_BTD))
+        product: Tensor = self(F.silu(gate_BTD) * up_BTD)
+        return product
+
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
         if self.hadamard:
@@ -88,10 +97,31 @@ class SiteLinear(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the product with the weight, [B, T, O]."""
+        return self._product(self.prepare(x_BTD))
+
+    def _product(self, x_BTD: Tensor) -> Tensor:
         weight = self.weight if self.weight_on_grid is None else self.weight_on_grid
         if self.weight_on_grid is None and self.weight_quantizer is not None:
             weight = self.weight_quantizer(self.weight)
-        return F.linear(self.prepare(x_BTD), weight, self.bias)
+        return F.linear(x_BTD, weight, self.bias)
+
+
+class GatedMLP(nn.Module):
+    """A SwiGLU MLP (arXiv:2002.05202, equation 6) whose last linear is given gate and up apart."""
+
+    def __init__(self, linears: Mapping[str, SiteLinear]) -> None:
+        """Take the place of transformers' module: `linears` are gate, up and down by their names in it."""
+        super().__init__()
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+        self._gate, self._up, self._down = linears
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return down(silu(gate(x)) * up(x))."""
+        gate, up = self.get_submodule(self._gate), self.get_submodule(self._up)
+        down: Any = self.get_submodule(self._down)
+        output: Tensor = down.of_swiglu(gate(x_BTD), up(x_BTD))
+        return output
 
 
 class KeySiteBeforeRope(nn.Module):
