@@ -82,7 +82,8 @@ class SiteLinear(nn.Module):
         """Return what the forward makes of silu(gate) * up; while gradients are recorded, in fewer passes."""
         if torch.is_grad_enabled() and self.hadamard and self.site is not None and self.site.is_static_tensor:
             quantizer: Any = self.site.quantizer
-            return self._product(hadamard_fake_quantize(gate_BTD, quantizer.scale, *quantizer.code_range, up=up_BTD))
+            low, high = quantizer.code_range
+            return self._product(hadamard_fake_quantize(gate_BTD, quantizer.scale, low, high, up_BTD))
         product: Tensor = self(F.silu(gate_BTD) * up_BTD)
         return product
 

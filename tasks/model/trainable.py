@@ -39,7 +39,8 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight_OI: Tensor) -> Tensor:
         """Return the weight on its grid, in the autocast type if autocast is on."""
         spec, dtype = self.spec, product_dtype(weight_OI)
-        scale, zero_point = self.scale, self.zero_point  # training ends where a scale is not positive any more
+        scale: Tensor = self.scale  # taken as it is: training ends where one is not positive any more
+        zero_point = self.zero_point
         if spec.granularity == "group":
             groups = weight_groups(weight_OI, spec)
             return fake_quantize(groups, scale, zero_point, spec.bits, spec.symmetric, dtype).reshape(weight_OI.shape)
