@@ -79,8 +79,13 @@ class SiteLinear(nn.Module):
         """What it returned, if that was computed ahead of the forward (`Block.weights_on_grid`)."""
 
     def of_swiglu(self, gate_BTD: Tensor, up_BTD: Tensor) -> Tensor:
-        """Return what the forward makes of silu(gate) * up; while gradients are recorded, in fewer passes."""
-        if torch.is_grad_enabled() and self.hadamard and self.site is not None and self.site.is_static_tensor:
+        """Return what the forward makes of silu(gate) * up.
+
+        Within `Block.weights_on_grid`, that is in a compiled training step, in fewer passes; elsewhere through the
+        forward, where those who look at a linear's input find it.
+        """
+        merges = self.weight_on_grid is not None and self.hadamard
+        if merges and self.site is not None and self.site.is_static_tensor:
             quantizer: Any = self.site.quantizer
             low, high = quantizer.code_range
             return self._product(hadamard_fake_quantize(gate_BTD, quantizer.scale, low, high, up_BTD))
