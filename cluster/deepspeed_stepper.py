@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +26,13 @@ class DeepSpeedStepper:
         precision: str,
         device: torch.device,
         stage: int,
+        parts: int,
     ) -> None:
         import deepspeed
 
         self._names = {each: name for name, each in module.named_parameters() if each.requires_grad}
         _check(self._names, groups, gradient_clip, precision, device)
-        self._module, self._device, self.stage = module, device, stage
+        self._module, self._device, self.stage, self._parts = module, device, stage, parts
         self._marks = _Marks(module)
         self._scalars = {each for each in module.parameters() if each.dim() == 0}
         for each in self._scalars:
@@ -45,7 +47,7 @@ class DeepSpeedStepper:
         )
         config = {
             "train_micro_batch_size_per_gpu": 1,  # only counts samples
-            "gradient_clipping": gradient_clip or 0.0,
+            "gradient_clipping": (gradient_clip or 0.0) if stage == 3 else 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000},  # elements: 200 MB
             "timers": {"throughput": {"enabled": False, "synchronized": False}},  # it waits for the device
@@ -53,6 +55,8 @@ class DeepSpeedStepper:
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, model_parameters=list(self._names), config=config
         )
+        if gradient_clip is not None and stage < 3:
+            optimizer.register_step_pre_hook(partial(self._clip, gradient_clip))
         self._create_state(fused=device.type == "cuda")
         self._scale = _LossScale(self._zero) if precision == "fp16" else None
 
@@ -68,6 +72,16 @@ class DeepSpeedStepper:
         if self.stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()  # links the parameters to their parts of it
 
+    def _clip(self, most: float, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Clip what the optimizer is about to take. DeepSpeed's own clipping asks the device once a parameter group."""
+        excess = ((self._zero._global_grad_norm + 1e-6) / most).clamp_min(1.0)
+        if self._device.type == "cuda":
+            optimizer.grad_scale = excess  # type: ignore[attr-defined]  # the fused update divides by it
+            return
+        for group in optimizer.param_groups:
+            for each in group["params"]:
+                each.grad.div_(excess)
+
     def step(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step on this rank's share of a batch.
 
@@ -75,10 +89,15 @@ class DeepSpeedStepper:
         scalars on the device. A gradient that is not finite leaves the parameters as they are, and the norm is
         infinite; except in fp16, where that is how the loss scale is found, the loss returned is NaN.
         """
-        loss = self._engine(*batch)
-        self._engine.backward(loss)
-        self._engine.step()
-        mean = loss.detach().float().clone()
+        parts = list(zip(*(each.chunk(self._parts) for each in batch), strict=True))
+        mean = torch.zeros((), device=self._device)
+        for index, part in enumerate(parts):
+            if len(parts) > 1:  # the update comes with the last part
+                self._engine.set_gradient_accumulation_boundary(is_boundary=index + 1 == len(parts))
+            loss = self._engine(*part) * (len(part[0]) / len(batch[0]))
+            self._engine.backward(loss)
+            self._engine.step()
+            mean += loss.detach()
         torch.distributed.all_reduce(mean)
         mean /= torch.distributed.get_world_size()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._device)

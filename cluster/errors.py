@@ -23,6 +23,25 @@ class StoreUnwritable(ArtifactError):  # noqa: N818 - named for the state it rep
     """The store refused a write: no permission, no space, no such place, or no exclusive creation."""
 
 
+class StoreUnreadable(ArtifactError):  # noqa: N818 - named for the state it reports
+    """The store refused a read: credentials missing, wrong or expired, or no permission. Trying again is no use."""
+
+
+class StoreUnavailable(ArtifactError, OSError):  # noqa: N818 - named for the state it reports
+    """The store did not answer, or asked to slow down for longer than its client was willing to wait.
+
+    An OSError, so that a task which meets it is tried again; what it had published stays.
+    """
+
+
+class BytesAltered(StoreUnavailable):
+    """The store's client found that the bytes are not those the store had, by a checksum of the transfer."""
+
+
+class CacheFull(ArtifactError):  # noqa: N818 - named for the state it reports
+    """This node's disk has no room for a local copy of an object. The object itself can still be read."""
+
+
 class ResourceError(Exception):
     """The cluster does not have what was asked for, be it idle."""
 

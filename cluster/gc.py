@@ -39,7 +39,8 @@ def collect_garbage(store: ArtifactStore, *, min_age_s: float, dry_run: bool) ->
         StoreUnwritable: the store refuses to remove files.
     """
     newest = time.time() - min_age_s
-    sizes = {path: int(info["size"]) for path, info in store.fs.find(store.root, detail=True).items()}
+    with store.reading("list its files"):
+        sizes = {path: int(info["size"]) for path, info in store.fs.find(store.root, detail=True).items()}
     folders = _by_artifact_and_attempt(store, sizes)
     live = _live_keys(store)  # read after the scan: a run that started meanwhile protects its artifacts
     removed_keys: list[str] = []
@@ -103,6 +104,7 @@ def _live_keys(store: ArtifactStore) -> set[str]:
 def _all_older(store: ArtifactStore, paths: Iterable[str], newest: float) -> bool:
     """Return whether all were last written at `newest` (seconds since the epoch) or before; a vanished one was not."""
     try:
-        return all(store.fs.modified(path).timestamp() <= newest for path in paths)
+        with store.reading("look at its files"):
+            return all(store.fs.modified(path).timestamp() <= newest for path in paths)
     except FileNotFoundError:
         return False

@@ -3,7 +3,9 @@
 import logging
 import os
 import re
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +26,10 @@ _ENVIRONMENT = {
 }
 _MAX_RETRIES = 2  # of a task whose worker or node died, or which raised OSError
 _CONNECT_TIMEOUT_S = 10.0
+_PROBE_TIMEOUT_S = 60.0  # for a worker to start and import torch
+
+DISK = "disk_gb"
+"""Ray resource of a node: free gigabytes of its local disk. `ray start --resources '{"disk_gb": 1000}'`."""
 
 Ref = Any
 """A task under way (ray.ObjectRef)."""
@@ -39,6 +45,7 @@ def connect(
     num_cpus: int | None = None,
     num_gpus: int | None = None,
     object_store_bytes: int = 200 * 2**20,
+    gpu_bytes: int | None = None,
 ) -> "RaySession":
     """Return a session on a Ray cluster; use it as a context manager.
 
@@ -48,6 +55,7 @@ def connect(
         num_cpus: of a new cluster; None: all cores.
         num_gpus: of a new cluster; None: all that are visible.
         object_store_bytes: of a new cluster. Small: tensors travel through the artifact store.
+        gpu_bytes: memory of a GPU; None: one is asked when it matters.
     Raises:
         ConnectionError: there is no cluster at the address.
     """
@@ -60,31 +68,42 @@ def connect(
     import ray
 
     if ray.is_initialized():
-        return RaySession(owned=False)
+        return RaySession(owned=False, gpu_bytes=gpu_bytes)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     if address:
         del quiet["include_dashboard"]  # belongs to whoever starts the cluster
         ray.init(address=address, **quiet)
     else:
-        ray.init(num_cpus=num_cpus, num_gpus=num_gpus, object_store_memory=object_store_bytes, **quiet)
-    return RaySession(owned=True)
+        disk = {DISK: shutil.disk_usage(tempfile.gettempdir()).free // 10**9}
+        resources = {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": disk}
+        ray.init(object_store_memory=object_store_bytes, **resources, **quiet)
+    return RaySession(owned=True, gpu_bytes=gpu_bytes)
 
 
 class RaySession:
     """Runs functions on the cluster this process is connected to. On exit it ends what `connect` began, no more."""
 
-    def __init__(self, *, owned: bool) -> None:
+    def __init__(self, *, owned: bool, gpu_bytes: int | None = None) -> None:
         import ray
 
         self._ray = ray
+        self._gpu: tuple[str, int] | None = None if gpu_bytes is None else ("", gpu_bytes)
+        self._asked_gpu = gpu_bytes is not None
         self._owned = owned
         self._remotes: dict[tuple[Callable[..., Any], bool], Any] = {}
         self._box: Any = None
+        self.device: str | None = None
+        """Where tasks compute: Ray says, each time."""
         self._nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.cpus = int(sum(node.get("CPU", 0) for node in self._nodes))
         """Cores of the whole cluster."""
         self.gpus = int(sum(node.get("GPU", 0) for node in self._nodes))
         """GPUs of the whole cluster."""
+
+    @property
+    def workers(self) -> int:
+        """How many tasks of one GPU, or without GPUs of one core, run at the same time."""
+        return max(1, self.gpus or self.cpus)
 
     def __enter__(self) -> Self:
         return self
@@ -107,11 +126,45 @@ class RaySession:
         most = max((int(node.get("CPU", 0)) for node in self._nodes if node.get("GPU", 0) >= gpus), default=0)
         return min(cpus, most) if most else cpus, gpus
 
-    def submit(self, function: Callable[..., Any], *args: Any, name: str, cpus: int = 1, gpus: float = 0) -> Ref:
+    def gpu(self) -> tuple[str, int] | None:
+        """Return name and memory in bytes of a GPU of the cluster, where they are alike; None if nobody knows."""
+        if not self._asked_gpu and self.gpus:
+            self._asked_gpu = True
+            probe = self._ray.remote(num_cpus=0, num_gpus=0.01, max_calls=1)(_look_at_gpu).remote()
+            if self.wait([probe], timeout=_PROBE_TIMEOUT_S):
+                self._gpu = self.result(probe)
+            else:
+                self.cancel([probe])  # all are taken by others
+        return self._gpu
+
+    def fit_bytes(self, memory: int, disk: int) -> dict[str, Any]:
+        """Return Ray's options that ask for so many bytes of a node's memory and local disk.
+
+        They are cut to what the largest node has. Disk is asked for where nodes declare it (`disk_gb`).
+        """
+        most_memory = max((node.get("memory", 0.0) for node in self._nodes), default=0.0)
+        most_disk = max((node.get(DISK, 0.0) for node in self._nodes), default=0.0)
+        options: dict[str, Any] = {}
+        if memory and most_memory:
+            options["memory"] = min(memory, int(most_memory))
+        if disk and most_disk:
+            options["resources"] = {DISK: min(max(1, disk // 10**9), int(most_disk))}
+        return options
+
+    def submit(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        name: str,
+        cpus: int = 1,
+        gpus: float = 0,
+        memory: int = 0,
+        disk: int = 0,
+    ) -> Ref:
         """Start `function(*args)` and return a handle for `wait`, `result` and `cancel`.
 
         It is tried again up to twice if its worker or node dies or it raises OSError, and for no other reason.
-        `cpus` and `gpus` are cut to what the cluster has.
+        Cores, GPUs, and bytes of host memory and local disk are cut to what the cluster has.
         """
         cpus, gpus = self.fit(cpus, gpus)
         # CUDA_VISIBLE_DEVICES is read once a process: where there are several GPUs, a worker serves one task only.
@@ -120,7 +173,7 @@ class RaySession:
         if remote is None:
             options = {"max_retries": _MAX_RETRIES, "retry_exceptions": [OSError], "max_calls": int(once)}
             remote = self._remotes[function, once] = self._ray.remote(**options)(function)
-        return remote.options(name=name, num_cpus=cpus, num_gpus=gpus).remote(*args)
+        return remote.options(name=name, num_cpus=cpus, num_gpus=gpus, **self.fit_bytes(memory, disk)).remote(*args)
 
     def submit_group(
         self, function: Callable[..., Any], *args: Any, name: str, ranks: int, cpus: float = 1, gpus: float = 0
@@ -174,13 +227,18 @@ class RaySession:
             raise TaskLostError(f"{type(err).__name__}: {first_line(err)}") from err
 
     def cancel(self, refs: Sequence[Ref]) -> None:
-        """Interrupt the tasks that are under way and forget those that wait. What they have published stays.
-
-        Not by force: a forced cancel that meets a task just ending makes Ray abort this process. A local Ray is shut
-        down next, which ends its workers in any case.
-        """
+        """Interrupt the tasks that are under way and forget those that wait. What they have published stays."""
         for ref in refs:
             self._ray.cancel(ref, force=False)
+
+    def abandon(self, refs: Sequence[Ref]) -> None:
+        """Wait no longer for the tasks, which end with the connection at the latest.
+
+        Ray aborts this process if a cancelled task happens to end at that moment, so tasks are cancelled only where
+        nothing else would end them: in a Ray that was there before `connect` and stays.
+        """
+        if not self._owned:
+            self.cancel(refs)
 
 
 def _check_reachable(address: str) -> None:
@@ -194,6 +252,16 @@ def _check_reachable(address: str) -> None:
         raise ConnectionError(
             f"no Ray cluster answers at {address} ({err}); check the address, or start one with `ray start --head`"
         ) from err
+
+
+def _look_at_gpu() -> tuple[str, int] | None:
+    """Return name and memory of the GPU that this task was given; None if torch does not see it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return properties.name, properties.total_memory
 
 
 def assigned_gpus() -> list[str]:

@@ -8,14 +8,12 @@
 Objects are written without a temporary name: until a manifest names them, they do not exist.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,15 +21,29 @@ from typing import Any, BinaryIO
 
 from fsspec.core import url_to_fs
 
-from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactError, ArtifactMissing, StoreUnwritable
+from prefixquant.cluster.downloads import file_digest, local_copy
+from prefixquant.cluster.errors import (
+    ArtifactCorrupted,
+    ArtifactError,
+    ArtifactMissing,
+    BytesAltered,
+    CacheFull,
+    StoreUnavailable,
+    StoreUnreadable,
+    StoreUnwritable,
+)
+from prefixquant.cluster.refusals import holds_secrets, is_altered, is_full, refusal, without_secrets
 
 __all__ = [
     "ArtifactCorrupted",
     "ArtifactError",
     "ArtifactMissing",
     "ArtifactStore",
+    "CacheFull",
     "FileEntry",
     "Manifest",
+    "StoreUnavailable",
+    "StoreUnreadable",
     "StoreUnwritable",
 ]
 
@@ -71,14 +83,26 @@ class Manifest:
     meta: dict[str, Any]
     """Whatever the publisher wanted to remember; JSON types."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the data objects."""
+        return sum(entry.size for entry in self.files.values())
+
 
 class ArtifactStore:
     """A store of immutable artifacts by key and of mutable run records, at a local path or any fsspec URL.
 
-    Opening one touches nothing. It pickles as its URL, so a worker re-opens it where it runs.
+    Opening one touches nothing. It pickles as its URL, so a worker re-opens it where it runs. Endpoint, region and
+    credentials of a remote one come from where its client looks for them, the environment for instance, never from the
+    URL. Every method raises StoreUnreadable or StoreUnavailable where the store refuses a read or does not answer.
     """
 
     def __init__(self, url: str) -> None:
+        if holds_secrets(os.fspath(url)):
+            raise ArtifactError(
+                f"the store's URL {without_secrets(os.fspath(url))} holds a user name, a password or a signature, "
+                f"which would show in logs; take it out and give credentials by the environment"
+            )
         try:
             # The listing cache would hide what other processes have written since (s3fs).
             self.fs, root = url_to_fs(os.fspath(url), use_listings_cache=False)
@@ -101,7 +125,7 @@ class ArtifactStore:
             exclusive = self._create(probe, b"probe") and not self._create(probe, b"again")
             self.fs.rm_file(probe)
         except Exception as err:  # clients of remote stores raise their own kinds; whatever came is the reason
-            raise self._unwritable("write to it", err) from err
+            raise self._refusal("write to it", err, writing=True) from err
         if not exclusive:
             raise StoreUnwritable(
                 f"the artifact store {self.url} lets a second writer overwrite a file (no conditional create); "
@@ -115,13 +139,14 @@ class ArtifactStore:
     def manifest(self, key: str) -> Manifest:
         """Return the artifact's manifest. Raises ArtifactMissing, or ArtifactCorrupted if it cannot be parsed."""
         try:
-            data = self.fs.cat_file(self._manifest_path(key))
+            data = self._read_small(self._manifest_path(key), f"read the manifest of artifact {key}")
         except _ABSENT:
             raise ArtifactMissing(f"no artifact {key} in {self.url}", key) from None
         try:
             raw = json.loads(data)
             files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-            if raw["key"] != key or not all(_OBJECT.fullmatch(entry.path) for entry in files.values()):
+            inside = all(_NAME.fullmatch(name) and _OBJECT.fullmatch(entry.path) for name, entry in files.items())
+            if raw["key"] != key or not inside:
                 raise ValueError("it describes another key or objects outside its folder")
             return Manifest(key, files, dict(raw["meta"]))
         except (ValueError, TypeError, KeyError, AttributeError) as err:
@@ -156,36 +181,38 @@ class ArtifactStore:
             return manifest
         finally:
             # A request that was retried on its way can have won and still report a loss, so the manifest decides.
-            if not won and attempt not in (self.attempts(key) or ()):
-                with suppress(StoreUnwritable):  # it would hide why the publish failed; `gc` sweeps what stays
-                    self.remove_path(f"{self._folder(key)}/{attempt}")
+            if not won:
+                with suppress(ArtifactError):  # it would hide why the publish failed; `gc` sweeps what stays
+                    if attempt not in (self.attempts(key) or ()):
+                        self.remove_path(f"{self._folder(key)}/{attempt}")
 
     def read(self, key: str, name: str) -> bytes:
         """Return the bytes of one file, verified. Raises ArtifactMissing or ArtifactCorrupted."""
         entry = self._entry(key, name)
-        try:
-            data: bytes = self.fs.cat_file(f"{self._folder(key)}/{entry.path}")
-        except FileNotFoundError:
-            raise self._corrupted(key, name, entry, "nothing") from None
-        self._verify(key, name, entry, len(data), hashlib.sha256(data).hexdigest())
-        return data
+
+        def fetch() -> bytes:
+            data = self._cat(f"{self._folder(key)}/{entry.path}", entry.size)
+            self._verify(key, name, entry, len(data), hashlib.sha256(data).hexdigest())
+            return data
+
+        return self._read_object(key, name, entry, fetch)
 
     def local_path(self, key: str, name: str) -> Path:
         """Return a verified local file with these bytes: the object itself, or a download kept in a local cache.
 
-        Treat it as read-only. Downloads go to $PREFIXQUANT_CACHE, by default ~/.cache/prefixquant.
+        Treat it as read-only. Raises CacheFull as well, if this node's disk has no room for a download.
         """
         entry = self._entry(key, name)
         path = Path(self._folder(key), entry.path)
         if not self.is_local:
-            cache = Path(os.environ.get("PREFIXQUANT_CACHE") or "~/.cache/prefixquant").expanduser()
-            path = cache / "objects" / entry.sha256[:2] / entry.sha256 / Path(name).name
-            if not path.is_file() or _digest(path) != (entry.size, entry.sha256):
-                self._download(key, name, entry, path)
-            return path
+
+            def fetch(part: Path) -> None:
+                self._read_object(key, name, entry, lambda: self._fetch(key, name, entry, part))
+
+            return local_copy(entry.sha256, entry.size, Path(name).name, fetch)
         if not path.is_file():
             raise self._corrupted(key, name, entry, "nothing")
-        self._verify(key, name, entry, *_digest(path))
+        self._verify(key, name, entry, *file_digest(path))
         return path
 
     def discard(self, key: str) -> None:
@@ -209,12 +236,13 @@ class ArtifactStore:
 
     def keys(self) -> list[str]:
         """Return the keys of all artifacts with a manifest, sorted; their objects are not checked."""
-        tails = (path.split("/")[-2:] for path in self.fs.find(f"{self.root}/artifacts"))
+        with self.reading("list its artifacts"):
+            tails = [path.split("/")[-2:] for path in self.fs.find(f"{self.root}/artifacts")]
         return sorted(folder for folder, name in tails if name == MANIFEST and _KEY.fullmatch(folder))
 
     def size(self, key: str) -> int:
         """Return the bytes of the artifact's data objects. Raises as `manifest` does."""
-        return sum(entry.size for entry in self.manifest(key).files.values())
+        return self.manifest(key).size
 
     def write_ref(self, run_id: str, record: Mapping[str, Any]) -> None:
         """Store or replace the record of a run, at once or not at all. Raises StoreUnwritable."""
@@ -229,7 +257,7 @@ class ArtifactStore:
     def read_ref(self, run_id: str) -> dict[str, Any]:
         """Return the record of a run. Raises ArtifactMissing, or ArtifactCorrupted if it is not a JSON object."""
         try:
-            record = json.loads(self.fs.cat_file(self._ref_path(run_id)))
+            record = json.loads(self._read_small(self._ref_path(run_id), f"read the record of run {run_id}"))
         except _ABSENT:
             raise ArtifactMissing(f"no run {run_id!r} in {self.url}", run_id) from None
         except ValueError as err:
@@ -246,7 +274,9 @@ class ArtifactStore:
 
     def run_ids(self) -> list[str]:
         """Return the ids of all runs with a record, sorted."""
-        return sorted(path.split("/")[-1].removesuffix(".json") for path in self.fs.find(f"{self.root}/refs/runs"))
+        with self.reading("list its runs"):
+            paths = self.fs.find(f"{self.root}/refs/runs")
+        return sorted(path.split("/")[-1].removesuffix(".json") for path in paths)
 
     def delete_ref(self, run_id: str) -> None:
         """Forget a run; its artifacts stay until `gc`. A missing one is fine."""
@@ -285,7 +315,8 @@ class ArtifactStore:
         folder = self._folder(key)
         try:
             manifest = self.manifest(key)
-            sizes_fit = (self.fs.info(f"{folder}/{e.path}")["size"] == e.size for e in manifest.files.values())
+            with self.reading(f"look at the objects of artifact {key}"):
+                sizes_fit = [self.fs.info(f"{folder}/{e.path}")["size"] == e.size for e in manifest.files.values()]
             return manifest if all(sizes_fit) else None
         except (ArtifactMissing, ArtifactCorrupted, *_ABSENT):
             return None
@@ -302,17 +333,41 @@ class ArtifactStore:
             name,
         )
 
-    def _download(self, key: str, name: str, entry: FileEntry, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part-{uuid.uuid4().hex}")
-        try:
-            self.fs.get_file(f"{self._folder(key)}/{entry.path}", str(part))
-            self._verify(key, name, entry, *_digest(part))
-            os.replace(part, path)
-        except FileNotFoundError:
-            raise self._corrupted(key, name, entry, "nothing") from None
-        finally:
-            part.unlink(missing_ok=True)
+    def _cat(self, path: str, size: int = 0) -> bytes:
+        """Return a file's bytes. s3fs would ask for a small one's size first, which takes longer than to read it."""
+        at_once = {"max_concurrency": 1} if "s3" in self.fs.protocol and size <= _CHUNK_BYTES else {}
+        return self.fs.cat_file(path, **at_once)
+
+    def _read_small(self, path: str, action: str) -> bytes:
+        """Return the bytes of a small file, fetched once more if they changed on their way."""
+        for attempt in (1, 2):
+            try:
+                with self.reading(action):
+                    return self._cat(path)
+            except BytesAltered:
+                if attempt == 2:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _read_object(self, key: str, name: str, entry: FileEntry, fetch: Callable[[], bytes | None]) -> Any:
+        """Return what `fetch` returns. Bytes that a network brought and that are wrong are fetched once more."""
+        for attempt in (1, 2):
+            try:
+                with self.reading(f"read file {name!r} of artifact {key}"):
+                    return fetch()
+            except FileNotFoundError:
+                raise self._corrupted(key, name, entry, "nothing") from None
+            except BytesAltered as err:
+                if attempt == 2:
+                    raise self._corrupted(key, name, entry, "others, as the checksum of the transfer says") from err
+            except ArtifactCorrupted:
+                if self.is_local or attempt == 2:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _fetch(self, key: str, name: str, entry: FileEntry, part: Path) -> None:
+        self.fs.get_file(f"{self._folder(key)}/{entry.path}", str(part))
+        self._verify(key, name, entry, *file_digest(part))
 
     # Writing
 
@@ -361,27 +416,31 @@ class ArtifactStore:
 
     @contextmanager
     def _writing(self, action: str) -> Iterator[None]:
-        """Turn a refusal of the file system into StoreUnwritable."""
+        """Turn a refusal of the file system into StoreUnwritable or StoreUnavailable."""
         try:
             yield
-        except OSError as err:
-            raise self._unwritable(action, err) from err
+        except ArtifactError:
+            raise
+        except Exception as err:
+            raise self._refusal(action, err, writing=True) from err
 
-    def _unwritable(self, action: str, err: Exception) -> StoreUnwritable:
-        if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = f", {shutil.disk_usage(self.root).free} bytes free" if self.is_local else ""
-            advice = (
-                f"no space left there{free}; free some (`prefixquant gc` removes what no run refers to) and run again"
-            )
-        else:
-            advice = f"{type(err).__name__}: {err}; check that it exists and may be written, or choose another store"
-        return StoreUnwritable(f"artifact store {self.url}: cannot {action}: {advice}")
+    @contextmanager
+    def reading(self, action: str) -> Iterator[None]:
+        """Turn a refusal of the file system into StoreUnreadable or StoreUnavailable; absence stays what it is."""
+        try:
+            yield
+        except (ArtifactError, *_ABSENT):
+            raise
+        except Exception as err:
+            if is_full(err):  # of the disk that gets a download
+                raise
+            if is_altered(err):
+                raise BytesAltered(f"artifact store {self.url}: cannot {action}: bytes changed on their way") from err
+            raise self._refusal(action, err, writing=False) from err
 
-
-def _digest(path: Path) -> tuple[int, str]:
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        return stream.tell(), sha256
+    def _refusal(self, action: str, err: Exception, *, writing: bool) -> ArtifactError:
+        root = self.root if self.is_local else None
+        return refusal(f"artifact store {self.url}", action, err, writing=writing, local_root=root)
 
 
 def _chunks(source: bytes | memoryview | Path) -> Iterator[bytes | memoryview]:

@@ -11,11 +11,22 @@ from prefixquant.tasks.artifact import Artifact
 InputKeys = Mapping[str, str | tuple[str, ...]]
 
 
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that one task has moved so far."""
+
+    read: int = 0
+    """From the store, and from the model's checkpoint."""
+
+    written: int = 0
+    """To the store, byproducts included."""
+
+
 class LazyArtifacts(Sequence[Artifact]):
     """Artifacts that are loaded, and verified, each time one is taken; none is kept."""
 
-    def __init__(self, store: ArtifactStore, keys: Sequence[str]) -> None:
-        self._store, self._keys = store, tuple(keys)
+    def __init__(self, store: ArtifactStore, keys: Sequence[str], traffic: Traffic) -> None:
+        self._store, self._keys, self._traffic = store, tuple(keys), traffic
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -26,8 +37,8 @@ class LazyArtifacts(Sequence[Artifact]):
     def __getitem__(self, index: slice) -> "LazyArtifacts": ...
     def __getitem__(self, index: int | slice) -> "Artifact | LazyArtifacts":
         if isinstance(index, slice):
-            return LazyArtifacts(self._store, self._keys[index])
-        return load_artifact(self._store, self._keys[index])
+            return LazyArtifacts(self._store, self._keys[index], self._traffic)
+        return _load(self._store, self._keys[index], self._traffic)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Give the artifacts' records alone, without reading their tensors."""
@@ -37,12 +48,15 @@ class LazyArtifacts(Sequence[Artifact]):
 class LazyInputs(Mapping[str, Any]):
     """Argument -> Artifact, or LazyArtifacts where the graph names several producers. Loaded when taken, not kept."""
 
-    def __init__(self, store: ArtifactStore, keys: InputKeys) -> None:
-        self._store, self._keys = store, keys
+    def __init__(self, store: ArtifactStore, keys: InputKeys, traffic: Traffic | None = None) -> None:
+        """What is loaded is added to `traffic`."""
+        self._store, self._keys, self._traffic = store, keys, traffic or Traffic()
 
     def __getitem__(self, name: str) -> Any:
         key = self._keys[name]
-        return load_artifact(self._store, key) if isinstance(key, str) else LazyArtifacts(self._store, key)
+        if isinstance(key, str):
+            return _load(self._store, key, self._traffic)
+        return LazyArtifacts(self._store, key, self._traffic)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -74,9 +88,10 @@ class Products:
         *,
         publishes: bool = True,
         on_published: Callable[[str], None] = lambda label: None,
+        traffic: Traffic | None = None,
     ) -> None:
         """With several processes one `publishes`; to the others `publish` does nothing."""
-        self.store, self._byproducts = store, byproducts
+        self.store, self._byproducts, self._traffic = store, byproducts, traffic or Traffic()
         self._publishes, self._on_published = publishes, on_published
         self._damaged: set[str] = set()
 
@@ -87,7 +102,7 @@ class Products:
     def load(self, label: str) -> Artifact | None:
         """Return a byproduct that is in the store, verified; None if it is not there or damaged."""
         try:
-            return load_artifact(self.store, self.key(label))
+            return _load(self.store, self.key(label), self._traffic)
         except ArtifactMissing:
             return None
         except ArtifactCorrupted:
@@ -102,9 +117,17 @@ class Products:
             self.store.discard(self.key(label))
             self._damaged.discard(label)
         meta = {**self._byproducts[label].meta, "metrics": dict(metrics)}
-        publish_artifact(self.store, self.key(label), artifact, meta)
+        manifest = publish_artifact(self.store, self.key(label), artifact, meta)
+        self._traffic.written += manifest.size
         self._on_published(label)
 
     def stored(self) -> tuple[str, ...]:
         """Return the labels of the byproducts that are in the store."""
         return tuple(label for label, each in self._byproducts.items() if self.store.has(each.key))
+
+
+def _load(store: ArtifactStore, key: str, traffic: Traffic) -> Artifact:
+    artifact = load_artifact(store, key)
+    traffic.read += sum(tensor.nbytes for tensor in artifact.tensors.values())
+    traffic.read += sum(len(data) for data in artifact.files.values())
+    return artifact

@@ -1,19 +1,23 @@
 """From a recipe and a model to the graph of a run."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from prefixquant.pipeline.build_evaluation import Evaluation, is_result
 from prefixquant.pipeline.build_training import Training, training_windows
 from prefixquant.pipeline.estimates import Shape, estimate
 from prefixquant.pipeline.graph import Graph, Node
+from prefixquant.pipeline.machines import CPU, Machine, find_machine
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.report import REPORT, ReportNode
+from prefixquant.pipeline.stage_profiles import EXPORT_PROFILE, PROFILE, ProfileNode
 from prefixquant.pipeline.stages import (
     BLOCK,
     CALIBRATE,
+    CHEAP,
     COMPUTE,
-    EVALUATE,
     EXPORT,
     LOAD,
     PREFIX,
@@ -22,7 +26,6 @@ from prefixquant.pipeline.stages import (
     TOKENS,
     BlockNode,
     CalibrateNode,
-    EvaluateNode,
     ExportNode,
     LoadNode,
     PrefixNode,
@@ -30,6 +33,7 @@ from prefixquant.pipeline.stages import (
     StreamNode,
     TokensNode,
 )
+from prefixquant.pipeline.stages_evaluate import ModelNode
 from prefixquant.tasks.errors import ConfigError, UnsupportedModelError
 from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.find_prefix import FindPrefixConfig
@@ -43,6 +47,7 @@ WITHOUT_PREFIX = "/without_prefix"
 """Ends the names of the nodes that quantize once more without the prefix."""
 
 UNTRAINED = "/untrained"
+SEQUENTIAL = "/sequential"
 """Ends the names of the nodes that measure the quantized model before training."""
 
 
@@ -50,26 +55,31 @@ UNTRAINED = "/untrained"
 class Source:
     """A model at hand."""
 
-    path: Path
+    path: Path | str
+    """Local, or a URL."""
     fingerprint: str
 
 
 def load_node(source: Source) -> Node:
     """Return the node that looks the checkpoint over."""
-    return Node(name="load", task=LOAD, config=LoadNode(fingerprint=source.fingerprint, path=str(source.path)))
+    config = LoadNode(fingerprint=source.fingerprint, path=str(source.path))
+    return Node(name="load", task=LOAD, config=config, resources=CHEAP)
 
 
-def build_graph(recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool = False) -> Graph:
+def build_graph(
+    recipe: Recipe, source: Source, model: LoadedModel, *, machine: Machine | None = None, workers: int = 1
+) -> Graph:
     """Return the graph of a run; its targets are `targets(graph)`.
 
-    `gpu`: whether tasks will run on GPUs; it serves the estimates only.
+    `machine`: where tasks will run, None for CPU cores; it serves the estimates only. `workers`: tasks that run at the
+    same time; it serves to cut what is measured into parts, and changes no key but theirs.
 
     Raises:
         ConfigError, UnsupportedModelError: recipe and model do not go together.
         DataError: a text's file is missing.
     """
     check_fit(recipe, model)
-    graph = Graph(_Builder(recipe, source, model, gpu=gpu).nodes())
+    graph = Graph(_Builder(recipe, source, model, machine or find_machine(CPU), workers).nodes())
     graph.check()
     return graph
 
@@ -79,7 +89,8 @@ def targets(graph: Graph) -> tuple[str, ...]:
 
     The output folder's shards are the artifacts the export describes, so those are wanted even if the export is there.
     """
-    return ("export", *graph.parents("export"), "report")
+    profiles = (name for name, node in graph.nodes.items() if node.task is EXPORT_PROFILE)
+    return ("export", *graph.parents("export"), *profiles, "report")
 
 
 def check_fit(recipe: Recipe, model: LoadedModel) -> None:
@@ -116,40 +127,49 @@ def _rounds_after_training(recipe: Recipe) -> bool:
 
 
 class _Builder:
-    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel, *, gpu: bool) -> None:
+    def __init__(self, recipe: Recipe, source: Source, model: LoadedModel, machine: Machine, workers: int) -> None:
         self.recipe, self.model = recipe, model
         self.path = str(source.path)
         self.source = source
         self.dtype = model.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
         self.transforms = recipe.transforms
-        self.shape = Shape.of(model, self.dtype, recipe, gpu=gpu)
+        self.shape = Shape.of(model, self.dtype, recipe)
+        self.machine = machine
         self.labels = text_labels(recipe.evaluate.texts)
+        self.evaluation = Evaluation.of(recipe, self.labels, workers)
         self.training = None if recipe.train is None else Training.of(recipe, recipe.train, model, self.dtype)
+        self.sequential: Training | None = None
+        if self.training is not None and recipe.evaluate.sequential:
+            self.sequential = self.training.in_sequence(SEQUENTIAL)
         self.rotated = tuple(f"rotate[{block}]" for block in range(model.num_blocks))
 
     def nodes(self) -> list[Node]:
         """Return all nodes, in the order in which ready ones should start."""
         recipe = self.recipe
-        load = load_node(self.source)
-        found = [replace(load, estimate=estimate(load, self.shape)), *self._tokens(), *self._rotate()]
+        found = [*self._estimated([load_node(self.source)]), *self._tokens(), *self._rotate()]
         found += self._quantized(recipe.prefix, "")
         if self.training is not None:
-            found += [replace(node, estimate=estimate(node, self.shape)) for node in self.training.nodes()]
-        found.append(self._export())
-        evaluated = []
+            found += self._estimated(self.training.nodes())
+        found += [self._export(), *self._profiles()]
+        evaluated = self._estimated(self.evaluation.requests())
         if recipe.evaluate.full_precision:
             evaluated += self._evaluate("full_precision", "")
         evaluated += self._evaluate("quantized", "")
         if self.training is not None and recipe.evaluate.untrained:
             evaluated += self._evaluate("quantized", UNTRAINED)
+        if self.sequential is not None:
+            found += self._estimated(self.sequential.nodes())
+            evaluated += self._evaluate("quantized", SEQUENTIAL)
         if recipe.evaluate.without_prefix:
             found += self._quantized(FindPrefixConfig(tokens=()), WITHOUT_PREFIX)
             evaluated += self._evaluate("quantized", WITHOUT_PREFIX)
-        return [*found, *evaluated, self._report(evaluated)]
+        return [*found, *evaluated, self._report([node for node in evaluated if is_result(node)])]
 
     def _node(self, **fields: object) -> Node:
-        node = Node(**fields)  # type: ignore[arg-type]
-        return replace(node, estimate=estimate(node, self.shape))
+        return self._estimated([Node(**fields)])[0]  # type: ignore[arg-type]
+
+    def _estimated(self, nodes: Iterable[Node]) -> list[Node]:
+        return [replace(node, estimate=estimate(node, self.shape, self.machine)) for node in nodes]
 
     def _tokens(self) -> list[Node]:
         recipe = self.recipe
@@ -175,6 +195,7 @@ class _Builder:
                     split=text.split,
                 ),
                 inputs={"load": "load"},
+                resources=CHEAP,
             )
             for name, text, windows, where in wanted
         ]
@@ -195,7 +216,11 @@ class _Builder:
     def _folded(self, block: int | None) -> RotateConfig:
         """Return what of the rotations changes weights: R3 none, and R1 alone those of the ends."""
         rotate = self.recipe.rotate
-        return replace(rotate, r3=False) if block is not None else replace(rotate, r2=None, r3=False, r4=False)
+        return (
+            replace(rotate, r3=False)
+            if block is not None
+            else replace(rotate, r2=None, r3=False, r4=False, r4_block=None)
+        )
 
     def _quantized(self, find: FindPrefixConfig, suffix: str) -> list[Node]:
         """Return prefix, calibration, streams and blocks, their names ending in `suffix`."""
@@ -264,6 +289,8 @@ class _Builder:
         """Return the blocks that are measured under this suffix; without one they are the final ones."""
         if self.training is not None and not suffix:
             return self.training.blocks
+        if self.sequential is not None and suffix == SEQUENTIAL:
+            return self.sequential.blocks
         searched = "" if suffix == UNTRAINED else suffix
         return tuple(f"block[{block}]{searched}" for block in range(self.model.num_blocks))
 
@@ -278,35 +305,52 @@ class _Builder:
                 dtype=self.dtype,
             ),
             inputs={"load": "load", "ends": "rotate[ends]", "prefix": "prefix", "blocks": self._blocks("")},
+            resources=CHEAP,
         )
+
+    def _profiles(self) -> list[Node]:
+        measuring = {"measuring": f"tokens[{self.labels[0]}]"} if self.labels else {}
+        return [
+            self._node(
+                name=f"export[{profile}]",
+                task=EXPORT_PROFILE,
+                config=ProfileNode(
+                    profile=profile,
+                    export=self.recipe.export.of(profile),
+                    recipe=json.dumps(self.recipe.resolved()),
+                ),
+                inputs={
+                    "export": "export",
+                    "ends": "rotate[ends]",
+                    "prefix": "prefix",
+                    "blocks": self._blocks(""),
+                    "planning": "tokens[search]",
+                    **measuring,
+                },
+                resources=PROFILE,
+            )
+            for profile in self.recipe.export.profiles
+        ]
 
     def _evaluate(self, variant: str, suffix: str) -> list[Node]:
         quantized = variant == "quantized"
         of_variant: Mapping[str, str | tuple[str, ...]] = (
             {
                 "ends": "rotate[ends]",
-                "prefix": "prefix" if suffix == UNTRAINED else f"prefix{suffix}",
+                "prefix": f"prefix{WITHOUT_PREFIX}" if suffix == WITHOUT_PREFIX else "prefix",
                 "blocks": self._blocks(suffix),
             }
             if quantized
             else {}
         )
-        return [
-            self._node(
-                name=f"evaluate[{variant},{text}]{suffix}",
-                task=EVALUATE,
-                config=EvaluateNode(
-                    variant=variant,  # type: ignore[arg-type]
-                    transforms=self.transforms if quantized else None,
-                    quantize=self.recipe.quantize if quantized else None,
-                    dtype=self.dtype,
-                    path=self.path,
-                ),
-                inputs={"load": "load", "windows": f"tokens[{text}]", **of_variant},
-                resources=COMPUTE,
-            )
-            for text in self.labels
-        ]
+        model = ModelNode(
+            variant=variant,  # type: ignore[arg-type]
+            transforms=self.transforms if quantized else None,
+            quantize=self.recipe.quantize if quantized else None,
+            dtype=self.dtype,
+            path=self.path,
+        )
+        return self._estimated(self.evaluation.nodes(model, suffix, of_variant))
 
     def _report(self, evaluated: list[Node]) -> Node:
         inputs: dict[str, str | tuple[str, ...]] = {"prefix": "prefix", "blocks": self._blocks("")}
@@ -322,6 +366,7 @@ class _Builder:
                 segments=self.recipe.train.segments if self.recipe.train is not None else 1,
             ),
             inputs=inputs,
+            resources=CHEAP,
         )
 
 

@@ -39,15 +39,22 @@ class Training:
     num_blocks: int
     dtype: str
 
+    suffix: str = ""
+    """Of the names of its nodes, if the recipe trains in more than one way."""
+
     @classmethod
     def of(cls, recipe: Recipe, train: TrainConfig, model: LoadedModel, dtype: str) -> "Training":
         """Return the training of a recipe on a model."""
         return cls(recipe=recipe, train=train, num_blocks=model.num_blocks, dtype=dtype)
 
+    def in_sequence(self, suffix: str) -> "Training":
+        """Return the same training without segments."""
+        return replace(self, train=replace(self.train, segments=1, polish=False), suffix=suffix)
+
     @property
     def blocks(self) -> tuple[str, ...]:
         """The names of the blocks as training leaves them."""
-        return self._named("polished" if self.train.polish else "trained")
+        return self._named("polished" if self.train.polish else "trained", self.suffix)
 
     def nodes(self) -> list[Node]:
         """Return the nodes that train and the blocks that they yield."""
@@ -56,14 +63,15 @@ class Training:
         found: list[Node] = []
         for segment in range(count):
             first, stop = bounds[segment : segment + 2]
-            found += self._run(f"train[{segment}]", TRAIN, TRAINED, self._named("block"), first, stop, self.recipe.gptq)
+            name = f"train[{segment}]{self.suffix}"
+            found += self._run(name, TRAIN, TRAINED, self._named("block"), first, stop, self.recipe.gptq)
         if self.train.polish:
             rounded = replace(self.recipe.gptq or GptqConfig(), training="start")
             found += self._run("polish", POLISH, POLISHED, self._named("trained"), 0, self.num_blocks, rounded)
         return found
 
-    def _named(self, task: str) -> tuple[str, ...]:
-        return tuple(f"{task}[{block}]" for block in range(self.num_blocks))
+    def _named(self, task: str, suffix: str = "") -> tuple[str, ...]:
+        return tuple(f"{task}[{block}]{suffix}" for block in range(self.num_blocks))
 
     def _run(
         self,
@@ -101,14 +109,19 @@ class Training:
                 seed=self.recipe.seed,
             ),
             inputs=inputs,
-            byproducts={str(block): f"{product.name}[{block}]" for block in range(first, stop)},
+            byproducts={str(block): f"{product.name}[{block}]{self.suffix}" for block in range(first, stop)},
             resources=replace(
-                COMPUTE, gang=Gang(batch=train.batch_size, shares=train.segments if task is TRAIN else 1)
+                COMPUTE,
+                gang=Gang(
+                    batch=train.batch_size,
+                    shares=train.segments if task is TRAIN else 1,
+                    sharding=train.sharding,
+                ),
             ),
         )
         yielded = [
             Node(
-                name=f"{product.name}[{block}]",
+                name=f"{product.name}[{block}]{self.suffix}",
                 task=product,
                 config=TrainedNode(block=block),
                 inputs={"train": name},

@@ -6,8 +6,6 @@ Exit status: 0 done, 1 a task failed, 2 the input is wrong.
 import json
 import os
 import sys
-from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,11 +13,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prefixquant.cluster.errors import ArtifactError
+from prefixquant.cluster.errors import ArtifactError, StoreUnavailable
 from prefixquant.cluster.jobs import JobError
+from prefixquant.pipeline.cli_bench import bench
+from prefixquant.pipeline.cli_compare import compare
+from prefixquant.pipeline.cli_eval import evaluate
+from prefixquant.pipeline.cli_export import export
 from prefixquant.pipeline.cli_jobs import job_app, submit
 from prefixquant.pipeline.cli_options import DEFAULT_STORE, JsonOption, Overrides, RecipeArgument, StoreOption
-from prefixquant.tasks.errors import ConfigError, PrefixQuantError
+from prefixquant.pipeline.cli_plan import plan
+from prefixquant.tasks.errors import PrefixQuantError
 
 app = typer.Typer(
     add_completion=False,
@@ -34,7 +37,7 @@ def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     store: StoreOption = DEFAULT_STORE,
-    out: Annotated[Path | None, typer.Option(help="Folder that gets the loadable model.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or URL that gets the loadable model.")] = None,
     tracking: Annotated[
         str | None,
         typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow URI, or `off`. Default: a SQLite file in the store."),
@@ -62,7 +65,10 @@ def run(
         ranks=ranks,
         quiet=quiet or as_json,
     )
-    summary = run_recipe(load_recipe(recipe, overrides or ()), options)
+    loaded = load_recipe(recipe, overrides or ())
+    for warning in loaded.export.warnings():
+        _say(f"warning: {warning}")
+    summary = run_recipe(loaded, options)
     for failure in summary.tracking_failures:
         _say(f"tracking: {failure}")
     if as_json:
@@ -79,79 +85,6 @@ def run(
         console.print(f"model: {summary.out}", soft_wrap=True, highlight=False)
     if summary.mlflow_url:
         console.print(f"MLflow: {summary.mlflow_url}", soft_wrap=True, highlight=False)
-
-
-@app.command()
-def plan(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    store: StoreOption = DEFAULT_STORE,
-    as_json: JsonOption = False,
-) -> None:
-    """Show every task, whether it will run and why, and what it is expected to cost. Runs nothing."""
-    from prefixquant.pipeline.recipe import load_recipe
-    from prefixquant.pipeline.run import plan_recipe
-
-    _, planned = plan_recipe(load_recipe(recipe, overrides or ()), store)
-    rows = [
-        {
-            "task": entry.node.name,
-            "state": entry.state,
-            "reason": entry.reason,
-            "key": entry.key,
-            "seconds": entry.node.estimate.seconds if entry.node.estimate else None,
-            "host_bytes": entry.node.estimate.host_bytes if entry.node.estimate else None,
-            "device_bytes": entry.node.estimate.device_bytes if entry.node.estimate else None,
-            "stored_bytes": entry.node.estimate.stored_bytes if entry.node.estimate else None,
-        }
-        for entry in planned.entries
-    ]
-    total = planned.total
-    if as_json:
-        summary = asdict(total)
-        print(json.dumps({"tasks": rows, "total": summary}))
-        return
-    table = Table("task", "will", "why", "est. s", "est. GB", "est. GPU GB")
-    for entry in planned.entries:
-        cost = entry.node.estimate
-        shown = cost is not None and entry.state == "run"
-        table.add_row(
-            escape(entry.node.name),
-            entry.state,
-            escape(entry.reason),
-            f"{cost.seconds:.1f}" if cost is not None and shown else "",
-            f"{cost.host_bytes / 1e9:.1f}" if cost is not None and shown else "",
-            f"{cost.device_bytes / 1e9:.1f}" if cost is not None and shown else "",
-        )
-    Console().print(table)
-    worker = "one GPU" if total.device_bytes else "one CPU core"
-    print(
-        f"{len(planned.names('run'))} to run, {len(planned.names('cached'))} cached; estimated for {worker}: "
-        f"{total.seconds:.0f} s of work, {total.host_bytes / 1e9:.1f} GB at most in a task, "
-        f"{total.stored_bytes / 1e9:.2f} GB stored"
-    )
-
-
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder (ours or any Hugging Face one), hub id or .gguf file.")],
-    text: Annotated[str | None, typer.Option("--text", help="A .txt, .jsonl or .parquet file.")] = None,
-    named: Annotated[str | None, typer.Option("--set", help="A named set: wikitext2, c4, python-docs, ...")] = None,
-    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure the perplexity of a saved model, held in memory whole."""
-    from prefixquant.pipeline.evaluation import evaluate_model
-
-    if (text is None) == (named is None):
-        raise ConfigError("eval needs either --text FILE or --set NAME")
-    found = evaluate_model(model, str(text or named), window=window, max_windows=windows, device=device)
-    if as_json:
-        print(json.dumps(found))
-    else:
-        print(f"perplexity {found['ppl']:.4f} over {found['tokens']} tokens in {found['windows']} windows of {window}")
 
 
 @app.command()
@@ -203,6 +136,11 @@ def gc(
     )
 
 
+app.command()(plan)
+app.command()(bench)
+app.command()(export)
+app.command("eval")(evaluate)
+app.command("compare")(compare)
 app.command()(submit)
 app.add_typer(job_app, name="job")
 
@@ -213,12 +151,19 @@ def _show_result(record: dict[str, Any]) -> None:
     pairs = zip(prefix["tokens"], prefix["token_ids"], strict=True)
     shown = ", ".join(f"{token!r} ({index})" for token, index in pairs) or "none"
     console.print(f"prefix: {shown}", soft_wrap=True, highlight=False, markup=False)
-    if not record["perplexity"]:
-        return
-    table = Table("model", "text", "perplexity", "tokens")
-    for each in record["perplexity"]:
-        table.add_row(each["model"], escape(each["text"]), f"{each['ppl']:.2f}", str(each["tokens"]))
-    console.print(table)
+    if record["perplexity"]:
+        table = Table("model", "text", "perplexity", "tokens")
+        for each in record["perplexity"]:
+            table.add_row(each["model"], escape(each["text"]), f"{each['ppl']:.2f}", str(each["tokens"]))
+        console.print(table)
+    if record["tasks"]:
+        from prefixquant.pipeline.report import task_rows
+
+        table = Table("model", "task", "metric", "value", "standard error", "documents")
+        for each in record["tasks"]:
+            for row in task_rows([each]):
+                table.add_row(each["model"], *row)
+        console.print(table)
     if any(each["text"] == "python-docs" for each in record["perplexity"]):
         print("python-docs is a demonstration corpus (CPython's own documentation); do not compare with other texts.")
 
@@ -251,4 +196,6 @@ def main() -> None:
 def _status(err: Exception) -> int:
     from prefixquant.pipeline.run import RunFailedError
 
+    if isinstance(err, StoreUnavailable):
+        return 1
     return 1 if isinstance(err, RunFailedError) and not err.input_is_wrong else 2

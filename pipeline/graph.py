@@ -7,7 +7,7 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
-from prefixquant.pipeline.keys import node_key
+from prefixquant.pipeline.keys import node_key, plain_config
 from prefixquant.tasks.errors import PrefixQuantError
 
 if TYPE_CHECKING:  # a graph is planned without importing torch
@@ -28,6 +28,9 @@ class Gang:
     shares: int = 1
     """Such nodes that run at the same time, among which the GPUs are divided."""
 
+    sharding: str = "zero"
+    """How the processes divide what they train (`TrainConfig.sharding`)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
@@ -37,7 +40,7 @@ class Resources:
     """A fraction below 1, or a whole number. Honoured only if the cluster has GPUs; otherwise the task runs on CPU."""
 
     cpus: int = 1
-    """CPU cores, which is also the number of torch threads."""
+    """CPU cores, which is also the number of torch threads. 0: so cheap that it waits for no core."""
 
     gang: Gang | None = None
     """Given: it may run as several processes, and the others are of each. None: it is one process."""
@@ -58,6 +61,12 @@ class Estimate:
 
     stored_bytes: int
     """Size of the artifact."""
+
+    read_bytes: int = 0
+    """Read from store and checkpoint."""
+
+    disk_bytes: int = 0
+    """Of the local disk while it runs, the store aside."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +102,10 @@ class Node:
     inputs: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Argument -> the node, or nodes, whose artifacts it is."""
 
+    key_inputs: Mapping[str, str | tuple[str, ...]] | None = None
+    """What the key is made of in place of `inputs`, where those are parts whose number does not change the artifact.
+    None: the inputs."""
+
     byproducts: Mapping[str, str] = field(default_factory=dict)
     """Label in `TaskOutput.byproducts` -> the node whose artifact this run yields as well."""
 
@@ -101,6 +114,11 @@ class Node:
 
     estimate: Estimate | None = None
     """What it should cost, where known."""
+
+    def meta(self) -> dict[str, Any]:
+        """Return what the manifest of its artifact says of it."""
+        plain = plain_config(self.config)
+        return {"task": self.task.name, "version": self.task.version, "config": plain, "node": self.name}
 
 
 class Graph:
@@ -123,7 +141,10 @@ class Graph:
         self._check_names()
         index = {name: i for i, name in enumerate(self.nodes)}
         sorter = TopologicalSorter(
-            {name: {*_producers(node), *self._yielders.get(name, ())} for name, node in self.nodes.items()}
+            {
+                name: {*_producers(node), *_key_producers(node), *self._yielders.get(name, ())}
+                for name, node in self.nodes.items()
+            }
         )
         try:
             sorter.prepare()
@@ -163,7 +184,7 @@ class Graph:
 
     def input_keys(self, name: str) -> dict[str, str | tuple[str, ...]]:
         """Return argument -> key, or keys, of the producers' artifacts."""
-        return self._resolve(self.nodes[name], self._keys)
+        return _resolve(self.nodes[name].inputs, self._keys)
 
     def names_of(self, key: str) -> tuple[str, ...]:
         """Return the nodes with this key, in order: none, one, or several that ask for the same work."""
@@ -174,15 +195,9 @@ class Graph:
         keys: dict[str, str] = {}
         for name in self.order:
             node = self.nodes[name]
-            keys[name] = node_key(node.task.name, node.task.version, node.config, self._resolve(node, keys))
+            identity = node.inputs if node.key_inputs is None else node.key_inputs
+            keys[name] = node_key(node.task.name, node.task.version, node.config, _resolve(identity, keys))
         return keys
-
-    @staticmethod
-    def _resolve(node: Node, keys: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
-        return {
-            arg: keys[producer] if isinstance(producer, str) else tuple(keys[each] for each in producer)
-            for arg, producer in node.inputs.items()
-        }
 
     @cached_property
     def _parents(self) -> dict[str, tuple[str, ...]]:
@@ -209,7 +224,7 @@ class Graph:
             names = [node.name for node in self._declared]
             raise GraphError(f"two nodes are named {next(name for name in names if names.count(name) > 1)!r}")
         for node in self._declared:
-            for wanted in (*_producers(node), *node.byproducts.values()):
+            for wanted in (*_producers(node), *_key_producers(node), *node.byproducts.values()):
                 if wanted not in self.nodes:
                     raise GraphError(f"node {node.name!r} refers to {wanted!r}, which the graph does not have")
         for node in self._declared:
@@ -223,4 +238,19 @@ class Graph:
 
 
 def _producers(node: Node) -> list[str]:
-    return [name for value in node.inputs.values() for name in ((value,) if isinstance(value, str) else value)]
+    return _names(node.inputs)
+
+
+def _key_producers(node: Node) -> list[str]:
+    return _names(node.key_inputs or {})
+
+
+def _names(inputs: Mapping[str, str | tuple[str, ...]]) -> list[str]:
+    return [name for value in inputs.values() for name in ((value,) if isinstance(value, str) else value)]
+
+
+def _resolve(inputs: Mapping[str, str | tuple[str, ...]], keys: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
+    return {
+        arg: keys[producer] if isinstance(producer, str) else tuple(keys[each] for each in producer)
+        for arg, producer in inputs.items()
+    }

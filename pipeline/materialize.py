@@ -3,11 +3,14 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.artifacts import RECORD, TENSORS
 from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.stage_profiles import EXPORT_PROFILE
 from prefixquant.tasks.errors import PrefixQuantError
 from prefixquant.tasks.export import DESCRIPTION, ENDS_FILE, PREFIX_FILE, block_file
 
@@ -24,6 +27,54 @@ def check_output(folder: Path) -> None:
         raise OutputError(f"--out {folder} holds other files; give a new or empty folder")
 
 
+Contents = Iterator[tuple[str, Path]]
+"""Names of files in a folder, perhaps in folders of it, and the verified local files that they are copies of."""
+
+
+def contents(graph: Graph, store: ArtifactStore, num_blocks: int) -> Contents:
+    """Give the files of a finished run's export, and those of its profiles in folders named after them."""
+    blocks = graph.nodes["export"].inputs["blocks"]
+    inputs: dict[str, str | tuple[str, ...]] = {
+        "blocks": tuple(graph.key(blocks[block]) for block in range(num_blocks)),
+        "ends": graph.key("rotate[ends]"),
+        "prefix": graph.key("prefix"),
+    }
+    yield from exported(store, graph.key("export"), inputs)
+    for name, node in graph.nodes.items():
+        if node.task is EXPORT_PROFILE:
+            yield from ((f"{node.config.profile}/{file}", path) for file, path in _files(store, graph.key(name)))
+
+
+def exported(store: ArtifactStore, export_key: str, inputs: Mapping[str, str | tuple[str, ...]]) -> Contents:
+    """Give the files of a stored export; `inputs`: keys of the artifacts it describes, by argument.
+
+    Raises:
+        ArtifactError: a stored artifact is missing or damaged.
+    """
+    yield from _files(store, export_key)
+    shards = {block_file(block): key for block, key in enumerate(inputs["blocks"])}
+    shards[ENDS_FILE] = str(inputs["ends"])
+    prefix = str(inputs["prefix"])
+    if TENSORS in store.manifest(prefix).files:
+        shards[PREFIX_FILE] = prefix
+    for name, key in shards.items():
+        yield name, store.local_path(key, TENSORS)
+
+
+def _files(store: ArtifactStore, key: str) -> Contents:
+    """Give an artifact's files, its record aside."""
+    for name in store.manifest(key).files:
+        if name != RECORD:
+            yield name, store.local_path(key, name)
+
+
+def copy_to(folder: Path, files: Contents) -> None:
+    """Copy files into a folder that exists."""
+    for name, path in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+
+
 def materialize(graph: Graph, store: ArtifactStore, folder: Path, num_blocks: int) -> None:
     """Write the export of a finished run to a folder, complete or not at all; an earlier export there is replaced.
 
@@ -31,24 +82,24 @@ def materialize(graph: Graph, store: ArtifactStore, folder: Path, num_blocks: in
         OutputError: it cannot be written.
         ArtifactError: a stored artifact is missing or damaged.
     """
+    with new_folder(folder) as temporary:
+        copy_to(temporary, contents(graph, store, num_blocks))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder` to write to, which then takes its place; after an error it is gone.
+
+    Raises:
+        OutputError: it cannot be written, or would replace what is not ours.
+    """
     check_output(folder)
     folder = folder.absolute()
-    blocks = graph.nodes["export"].inputs["blocks"]
-    shards = {block_file(block): graph.key(blocks[block]) for block in range(num_blocks)}
-    shards[ENDS_FILE] = graph.key("rotate[ends]")
-    prefix_key = graph.key("prefix")
-    if TENSORS in store.manifest(prefix_key).files:
-        shards[PREFIX_FILE] = prefix_key
-    export_key = graph.key("export")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            for name in store.manifest(export_key).files:
-                if name != RECORD:
-                    (temporary / name).write_bytes(store.read(export_key, name))
-            for name, key in shards.items():
-                shutil.copyfile(store.local_path(key, TENSORS), temporary / name)
+            yield temporary
             temporary.chmod(0o755)
             _replace(temporary, folder)
         finally:

@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def total(self) -> Estimate:
-        """What the nodes to run cost together: seconds one after the other, the largest memory, bytes kept at the end.
+        """What the nodes to run cost together: seconds one after the other, the largest memory, bytes read and kept.
 
         Nodes without an estimate count as nothing.
         """
@@ -49,6 +49,7 @@ class Plan:
             seconds=sum(each.seconds for each in estimates),
             host_bytes=max((each.host_bytes for each in estimates), default=0),
             device_bytes=max((each.device_bytes for each in estimates), default=0),
+            read_bytes=sum(each.read_bytes for each in estimates),
             stored_bytes=sum(n.estimate.stored_bytes for n in nodes if n.estimate and not n.task.ephemeral),
         )
 

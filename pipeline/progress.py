@@ -39,14 +39,14 @@ def make_progress(quiet: bool, plan: Plan, stream: TextIO | None = None) -> Prog
 
 
 class QuietProgress:
-    """One line a failure or repair, nothing else."""
+    """One line a failure, a repair or a retry with less memory, nothing else."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def __call__(self, event: Event) -> None:
-        """Write failures and repairs."""
-        if event.kind in ("failed", "repaired"):
+        """Write what went wrong."""
+        if event.kind in ("failed", "repaired", "reduced"):
             print(f"[{_clock(event.seconds)}] {_trouble(event)}", file=self.stream, flush=True)
 
     def __enter__(self) -> Self:
@@ -127,7 +127,7 @@ class RichProgress:
 
     def __call__(self, event: Event) -> None:
         """Move the bar of the event's stage."""
-        if event.kind in ("failed", "repaired"):
+        if event.kind in ("failed", "repaired", "reduced"):
             self.bars.console.print(_trouble(event), markup=False, highlight=False)
         elif event.kind == "submitted":
             self.submitted[event.task] += 1
@@ -181,6 +181,10 @@ def _totals(plan: Plan) -> Counter[str]:
 def _trouble(event: Event) -> str:
     if event.kind == "repaired":
         return f"{event.node}: an input is damaged and is built again: {event.message}"
+    if event.kind == "reduced":
+        return (
+            f"{event.node}: the GPU's memory does not suffice; once more with half as much at a time: {event.message}"
+        )
     return f"{event.node} failed: {event.message}"
 
 

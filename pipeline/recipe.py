@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from prefixquant.cluster.refusals import holds_secrets, without_secrets
 from prefixquant.pipeline.overrides import apply_overrides, read_yaml
 from prefixquant.pipeline.schema import Key, build, schema_of
 from prefixquant.tasks.calibrate import CalibrateConfig
@@ -17,8 +18,12 @@ from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.find_prefix import FindPrefixConfig
 from prefixquant.tasks.gptq import GptqConfig
+from prefixquant.tasks.harness import HarnessConfig
 from prefixquant.tasks.model.sites import OnlineTransforms
 from prefixquant.tasks.model.spec import QuantizeConfig
+from prefixquant.tasks.profiles.export import ProfileExportConfig, wants_exemptions
+from prefixquant.tasks.profiles.losses import Gpu, check_target
+from prefixquant.tasks.profiles.profile import check_profile, find_profile
 from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.search import SearchConfig
 from prefixquant.tasks.texts import NAMED_SETS, TextConfig, WindowsConfig
@@ -55,7 +60,7 @@ class ModelConfig:
     """The model that is quantized."""
 
     source: str
-    """Local Hugging Face folder, hub id, or path of a .gguf file."""
+    """Hugging Face folder, local or at a URL (s3://...); hub id; or path of a .gguf file."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub id. Off: its main branch."""
@@ -66,7 +71,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise ConfigError("model.source is empty; give a local folder, a hub id or a .gguf file")
-        if self.revision is not None and (self.source.endswith(".gguf") or self.source[0] in "/.~"):
+        elsewhere = self.source.endswith(".gguf") or self.source[0] in "/.~" or "://" in self.source
+        if self.revision is not None and elsewhere:
             raise ConfigError(f"model.revision is for hub ids; {self.source!r} is a local path, so leave it out")
 
 
@@ -131,6 +137,40 @@ class ExportConfig:
     profile: Literal["prefixquant"] = "prefixquant"
     """Layout of the folder. prefixquant: packed integer weights, scales and prefix, loadable by this project."""
 
+    profiles: tuple[str, ...] = ()
+    """Profiles for other tools, each a folder inside the output folder: hf-exact, vllm-w4a16, vllm-w8a8-static,
+    vllm-w4a8-static, vllm-w4a4-static, vllm-w4a4-dynamic."""
+
+    exempt: tuple[int, ...] | None = None
+    """Blocks whose down_proj stays in 16 bit in static vLLM profiles. null: as few as measurements ask for."""
+
+    verify: bool = True
+    """Load each profile anew with stock tools, whole, and fail if its logits are not those of the simulation."""
+
+    gpu: Gpu | None = None
+    """GPU generation to serve on; a profile that an engine would silently run otherwise there is refused."""
+
+    allow_downgrade: bool = False
+    """Export such a profile nevertheless."""
+
+    def __post_init__(self) -> None:
+        self.warnings()
+        if len(set(self.profiles)) < len(self.profiles):
+            raise ConfigError(f"export.profiles names a profile twice: {', '.join(self.profiles)}; name each once")
+
+    def warnings(self) -> list[str]:
+        """Return where an engine silently runs something else than a profile says. Raises ConfigError if refused."""
+        allowed = self.allow_downgrade
+        found = [check_target(find_profile(each), self.gpu, allow_downgrade=allowed) for each in self.profiles]
+        return [message for messages in found for message in messages]
+
+    def of(self, profile: str) -> ProfileExportConfig:
+        """Return how a profile is exported."""
+        exempt = self.exempt if wants_exemptions(find_profile(profile)) else ()
+        return ProfileExportConfig(
+            exempt=exempt, verify=self.verify, gpu=self.gpu, allow_downgrade=self.allow_downgrade
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
@@ -145,6 +185,25 @@ class EvaluateConfig:
     max_windows: int | None = None
     """Use only the first so many windows of each text. Off: all."""
 
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval: piqa, arc_easy, arc_challenge, hellaswag, winogrande, lambada_openai or any other name."""
+
+    shots: int | None = None
+    """Solved examples in front of each question. Off: as the task says, else none."""
+
+    limit: int | None = None
+    """Use only the first so many documents of each task. Off: all."""
+
+    task_folder: str | None = None
+    """Folder of task files of your own, as for lm-eval's --include_path; relative paths in them are relative to it."""
+
+    shards: int | None = None
+    """Parts into which each measurement is cut; they run side by side and change no number. Off: as many as there are
+    GPUs, or cores without GPUs."""
+
+    gpus: int = 1
+    """GPUs over which a model is spread that answers tasks. It is held whole, at the checkpoint's precision."""
+
     full_precision: bool = True
     """Measure the original model as well."""
 
@@ -154,15 +213,30 @@ class EvaluateConfig:
     untrained: bool = True
     """With training: measure the quantized model before training as well."""
 
+    sequential: bool = False
+    """With train.segments: train once more, all blocks in sequence, in the same run, and measure that as well: what the
+    segments cost in accuracy."""
+
     def __post_init__(self) -> None:
         PerplexityConfig(window=self.window, max_windows=self.max_windows)
         for text in self.texts:
             _check_text("evaluate.texts", text)
         if len(set(self.texts)) < len(self.texts):
             raise ConfigError(f"evaluate.texts names a text twice: {', '.join(self.texts)}; name each once")
-        if self.without_prefix and not self.texts:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"evaluate.tasks names a task twice: {', '.join(self.tasks)}; name each once")
+        HarnessConfig(name="any", shots=self.shots, limit=self.limit)
+        for name, least in (("shards", self.shards), ("gpus", self.gpus)):
+            if least is not None and least < 1:
+                raise ConfigError(f"evaluate.{name} must be at least 1, got {least}")
+        of_tasks = {"shots": self.shots is not None, "limit": self.limit is not None, "gpus": self.gpus > 1}
+        for name, is_set in (of_tasks | {"task_folder": self.task_folder is not None}).items():
+            if is_set and not self.tasks:
+                raise ConfigError(f"evaluate.{name} is for tasks, and evaluate.tasks names none; leave it out")
+        if self.without_prefix and not self.texts and not self.tasks:
             raise ConfigError(
-                "evaluate.without_prefix has nothing to measure: evaluate.texts is empty; name a text in it"
+                "evaluate.without_prefix has nothing to measure: evaluate.texts and evaluate.tasks are empty; name a "
+                "text or a task in them"
             )
 
 
@@ -213,7 +287,7 @@ class Recipe:
     @property
     def transforms(self) -> OnlineTransforms:
         """The transforms that the quantized model runs with."""
-        return OnlineTransforms(r3=self.rotate.r3, r4=self.rotate.r4)
+        return OnlineTransforms(r3=self.rotate.r3, r4=self.rotate.r4, r4_block=self.rotate.r4_block)
 
     @property
     def calibration_text(self) -> TextConfig:
@@ -273,7 +347,11 @@ def parse_recipe(data: object) -> Recipe:
         recipe,
         model=replace(recipe.model, source=_expand(recipe.model.source)),
         data=replace(recipe.data, calibration=_expand(recipe.data.calibration)),
-        evaluate=replace(recipe.evaluate, texts=tuple(map(_expand, recipe.evaluate.texts))),
+        evaluate=replace(
+            recipe.evaluate,
+            texts=tuple(map(_expand, recipe.evaluate.texts)),
+            task_folder=None if recipe.evaluate.task_folder is None else _expand(recipe.evaluate.task_folder),
+        ),
         rotate=replace(recipe.rotate, seed=recipe.seed),
     )
 
@@ -319,6 +397,19 @@ def _problems(recipe: Recipe) -> list[str]:
     """Return what is out of range in, or contradictory between, the groups of a recipe."""
     quantize, train = recipe.quantize, recipe.train
     problems = []
+    for profile in recipe.export.profiles:
+        try:
+            check_profile(find_profile(profile), quantize, recipe.transforms)
+        except ConfigError as err:
+            problems.append(str(err))
+    sources = {"model.source": (recipe.model.source,), "data.calibration": (recipe.data.calibration,)}
+    for key, urls in (sources | {"evaluate.texts": recipe.evaluate.texts}).items():
+        problems += [
+            f"{key} {without_secrets(url)} holds a user name, a password or a signature, which the run's record would "
+            f"show; take it out and give credentials by the environment"
+            for url in urls
+            if holds_secrets(url)
+        ]
     if not _NAME.fullmatch(recipe.name):
         problems.append(
             f"name must be 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit, got {recipe.name!r}"
@@ -332,6 +423,11 @@ def _problems(recipe: Recipe) -> list[str]:
         )
     if recipe.gptq is not None and quantize.weights is None:
         problems.append("gptq rounds weights and quantize.weights is off; set gptq=off or quantize the weights")
+    if recipe.evaluate.sequential and (train is None or train.segments == 1):
+        problems.append(
+            "evaluate.sequential compares training in segments with training in sequence, and there are no segments; "
+            "set train.segments to 2 or more, or evaluate.sequential=false"
+        )
     if train is not None:
         if train.polish and quantize.weights is None:
             problems.append(

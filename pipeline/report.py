@@ -14,6 +14,7 @@ LABELS = {
     ("quantized", ""): "quantized",
     ("quantized", "/without_prefix"): "quantized without prefix",
     ("quantized", "/untrained"): "quantized without training",
+    ("quantized", "/sequential"): "quantized, trained in sequence",
 }
 """What is measured, by variant and the suffix of the node that measures it."""
 
@@ -32,29 +33,50 @@ class ReportNode:
 
 
 def run_report(context: TaskContext) -> TaskOutput:
-    """Gather prefix, per-block errors, training losses and perplexities."""
+    """Gather prefix, per-block errors, training losses, perplexities and what lm-eval's tasks gave."""
     config: ReportNode = context.config
     final = list(context.inputs["blocks"].records())
     trained = any("loss_before" in each for each in final)
     searched = context.inputs["searched"].records() if trained else final
     blocks = [{"error": each["error"], "error_before_search": each["error_before_search"]} for each in searched]
-    measured = []
+    measured, answered = [], []
     for name in context.inputs:
         if name.startswith("evaluate["):
-            inner, suffix = name[len("evaluate[") :].rsplit("]", 1)
-            variant, text = inner.split(",", 1)
-            measured.append({"model": LABELS[variant, suffix], "text": text, **context.inputs[name].record})
+            model, text = _measured(name)
+            measured.append({"model": model, "text": text, **context.inputs[name].record})
+        if name.startswith("tasks["):
+            model, _ = _measured(name)
+            answered += [{"model": model, **each} for each in context.inputs[name].record["results"]]
     record = {
         "name": config.name,
         "prefix": context.inputs["prefix"].record,
         "blocks": blocks,
         "training": {"segments": config.segments, "blocks": [_training(each) for each in final]} if trained else None,
         "perplexity": measured,
+        "tasks": answered,
     }
     files = {"report.md": render_report(record).encode()}
     if trained:
         files[LOSSES_FILE] = plot_losses(record["training"]["blocks"])
     return TaskOutput(Artifact(record=record, files=files))
+
+
+def _measured(node: str) -> tuple[str, str]:
+    """Return which model a node measures, in words, and on what."""
+    inner, suffix = node.partition("[")[2].rsplit("]", 1)
+    variant, subject = inner.split(",", 1)
+    return LABELS[variant, suffix], subject
+
+
+def task_rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:
+    """Return task, metric, value, standard error and documents of each number of lm-eval, as a table has them."""
+    rows = []
+    for each in results:
+        documents = "" if each["documents"] is None else str(each["documents"])
+        for metric, value in each["metrics"].items():
+            error = each["stderr"][metric]
+            rows.append((each["task"], metric, f"{value:.4f}", "" if error is None else f"{error:.4f}", documents))
+    return rows
 
 
 def _training(record: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +97,10 @@ def render_report(record: dict[str, Any]) -> str:
     if record["perplexity"]:
         rows = [f"| {m['model']} | {m['text']} | {m['ppl']:.2f} | {m['tokens']} |" for m in record["perplexity"]]
         lines += ["| model | text | perplexity | tokens |", "| --- | --- | --- | --- |", *rows, ""]
+    if record["tasks"]:
+        lines += ["| model | task | metric | value | standard error | documents |", "| --- " * 6 + "|"]
+        lines += [f"| {each['model']} | {' | '.join(row)} |" for each in record["tasks"] for row in task_rows([each])]
+        lines.append("")
     lines += ["| block | output error, full range | after search |", "| --- | --- | --- |"]
     lines += [
         f"| {index} | {block['error_before_search']:.5f} | {block['error']:.5f} |"
@@ -82,11 +108,25 @@ def render_report(record: dict[str, Any]) -> str:
     ]
     lines += ["", "Error: squared error of the block's output over the squared norm.", ""]
     if record["training"]:
-        lines += _render_training(**record["training"])
+        lines += _render_training(**record["training"], costs=_segment_costs(record["perplexity"]))
     return "\n".join(lines)
 
 
-def _render_training(segments: int, blocks: Sequence[dict[str, Any]]) -> list[str]:
+def _segment_costs(perplexity: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line a text on what training in segments cost, where training in sequence was measured as well."""
+    found = {(each["model"], each["text"]): each["ppl"] for each in perplexity}
+    lines = []
+    for (model, text), sequential in found.items():
+        if model == LABELS["quantized", "/sequential"]:
+            ppl = found[LABELS["quantized", ""], text]
+            change = (ppl / sequential - 1) * 100
+            lines.append(
+                f"On {text} segments change the perplexity from {sequential:.2f} to {ppl:.2f} ({change:+.1f} %)."
+            )
+    return lines
+
+
+def _render_training(segments: int, blocks: Sequence[dict[str, Any]], costs: Sequence[str]) -> list[str]:
     rounded = any("loss_gptq" in block for block in blocks)
     head = ["block", "loss before", "loss after", *(["after GPTQ"] if rounded else []), "best epoch", "seconds"]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
@@ -101,7 +141,10 @@ def _render_training(segments: int, blocks: Sequence[dict[str, Any]]) -> list[st
         if block["divergence"]
     ]
     together = "one after the other" if segments == 1 else f"in {segments} segments, each starting in full precision"
-    return [*lines, f"Loss: the training loss on the validation sequences. Blocks were trained {together}.", ""]
+    lines += [f"Loss: the training loss on the validation sequences. Blocks were trained {together}.", ""]
+    if segments > 1:
+        lines += [*(costs or ["What that costs was not measured; evaluate.sequential=true does."]), ""]
+    return lines
 
 
 def plot_losses(blocks: Sequence[dict[str, Any]]) -> bytes:
@@ -127,4 +170,4 @@ def plot_losses(blocks: Sequence[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-REPORT = Task(name="report", version=2, run=run_report)
+REPORT = Task(name="report", version=3, run=run_report)

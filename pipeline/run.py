@@ -1,6 +1,7 @@
 """One run of a recipe: source, graph, plan, execution, tracking, output folder."""
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,21 +14,23 @@ from typing import Any
 import torch
 
 from prefixquant.cluster.ray_session import RaySession, connect
-from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore, StoreUnwritable
+from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore
 from prefixquant.pipeline.artifacts import load_artifact, load_record
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
+from prefixquant.pipeline.build_evaluation import is_result
 from prefixquant.pipeline.graph import Graph
-from prefixquant.pipeline.materialize import check_output, materialize
+from prefixquant.pipeline.machines import local_machine, machine_of
+from prefixquant.pipeline.output import check_place, write_model
 from prefixquant.pipeline.plan import Plan, make_plan
 from prefixquant.pipeline.progress import make_progress
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.runner import Event, RunResult, execute
-from prefixquant.pipeline.source import resolve_source, source_fingerprint
+from prefixquant.pipeline.source import model_at, resolve_source, source_fingerprint
 from prefixquant.pipeline.tracking import Tracker, flatten
 from prefixquant.pipeline.training import epoch_metrics, epoch_step
 from prefixquant.pipeline.worker import NodeResult
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
-from prefixquant.tasks.load import LoadedModel, load_model
+from prefixquant.tasks.load import LoadedModel
 
 EXPERIMENT = "prefixquant"
 
@@ -49,7 +52,8 @@ class RunOptions:
     """Where a run takes place; nothing of it enters an artifact's key."""
 
     store: str
-    out: Path | None = None
+    out: Path | str | None = None
+    """Folder, or URL, that gets the loadable model."""
     tracking: str | None = None
     """MLflow URI. None: a SQLite file beside a local store. "off": no tracking."""
     address: str | None = None
@@ -93,6 +97,7 @@ class RunSummary:
             "ppl_full_precision": ppl.get(("full precision", first)),
             "ppl_without_prefix": ppl.get(("quantized without prefix", first)),
             "perplexity": self.record["perplexity"],
+            "tasks": self.record["tasks"],
             "tasks_run": self.tasks_run,
             "tasks_cached": self.tasks_cached,
             "seconds": round(self.seconds, 2),
@@ -122,15 +127,31 @@ def open_store(url: str) -> ArtifactStore:
     return store
 
 
-def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
-    """Return the graph of a recipe and what a run of it would do; starts nothing and writes nothing."""
+def known_model(recipe: Recipe, store: ArtifactStore) -> tuple[Source, LoadedModel]:
+    """Return a recipe's model without its weights, as the store has it or else read now; writes nothing."""
     source = prepare(recipe)
+    key = Graph([load_node(source)]).key("load")
+    if store.has(key):
+        return source, LoadedModel.from_artifact(load_artifact(store, key))
+    return source, model_at(str(source.path))
+
+
+def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
+    """Return the graph of a recipe and what a run of it would do here; starts nothing and writes nothing."""
     store = ArtifactStore(store_url)
-    alone = Graph([load_node(source)])
-    key = alone.key("load")
-    model = LoadedModel.from_artifact(load_artifact(store, key)) if store.has(key) else load_model(str(source.path))
-    graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
-    return graph, make_plan(graph, targets(graph), store, _previous(store, recipe.name))
+    source, model = known_model(recipe, store)
+    graph = build_graph(recipe, source, model, machine=local_machine(), workers=local_workers())
+    return graph, plan_graph(graph, store, recipe.name)
+
+
+def local_workers() -> int:
+    """Return how many tasks run at once on the local cluster that a run would start."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def plan_graph(graph: Graph, store: ArtifactStore, name: str) -> Plan:
+    """Return what a run of a recipe's graph would do, with the reasons since the last run of a recipe of this name."""
+    return make_plan(graph, targets(graph), store, _previous(store, name))
 
 
 def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
@@ -144,7 +165,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> RunSummary:
     if options.ranks is not None:
         _check_ranks(options.ranks, recipe)
     if options.out is not None:
-        check_output(options.out)
+        check_place(options.out)
     store = open_store(options.store)
     source = prepare(recipe)
     repairs = 0
@@ -185,14 +206,21 @@ def _run_once(
         _require(loads)
         loaded = loads.results
     model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
-    graph = build_graph(recipe, source, model, gpu=torch.cuda.is_available())
-    run = _Tracked(recipe, graph, store, options)
+    graph, workers = build_graph(recipe, source, model, machine=local_machine()), 1
+    if any(is_result(node) and not store.has(graph.key(name)) for name, node in graph.nodes.items()):
+        workers = session().workers
+        graph = build_graph(recipe, source, model, machine=local_machine(), workers=workers)
+
+    def rebuild(gpu: tuple[str, int] | None) -> Graph:
+        return build_graph(recipe, source, model, machine=machine_of(gpu), workers=workers)
+
+    run = _Tracked(recipe, graph, store, options, rebuild)
     plan = make_plan(graph, targets(graph), store, _previous(store, recipe.name))
     with run.recorded():
         result = run.execute(plan, session)
         record = load_artifact(store, graph.key("report")).record
         if options.out is not None:
-            materialize(graph, store, options.out, model.num_blocks)
+            write_model(graph, store, options.out, model.num_blocks)
         done = loaded if result is None else loaded | result.results
         run.finish(record, done, time.monotonic() - start)
     return RunSummary(
@@ -270,8 +298,16 @@ def _block_of(node: str) -> int:
 class _Tracked:
     """A run's record in the store and in MLflow."""
 
-    def __init__(self, recipe: Recipe, graph: Graph, store: ArtifactStore, options: RunOptions) -> None:
-        self.recipe, self.graph, self.store, self.options = recipe, graph, store, options
+    def __init__(
+        self,
+        recipe: Recipe,
+        graph: Graph,
+        store: ArtifactStore,
+        options: RunOptions,
+        rebuild: Callable[[tuple[str, int] | None], Graph],
+    ) -> None:
+        """`rebuild` returns the graph with the estimates of the cluster's GPU, given by name and memory."""
+        self.recipe, self.graph, self.store, self.options, self.rebuild = recipe, graph, store, options, rebuild
         wanted = "".join(graph.key(name) for name in targets(graph))
         self.run_id = f"{recipe.name}-{hashlib.sha256(wanted.encode()).hexdigest()[:10]}"
         self.tracker = Tracker()
@@ -298,8 +334,8 @@ class _Tracked:
                 progress(event)
                 self._track(event)
 
-            wanted, ranks = targets(self.graph), self.options.ranks
-            result = execute(self.graph, wanted, self.store, session(), ranks=ranks, on_event=on_event)
+            here, wanted, ranks = session(), targets(self.graph), self.options.ranks
+            result = execute(self.rebuild(here.gpu()), wanted, self.store, here, ranks=ranks, on_event=on_event)
         _require(result)
         return result
 
@@ -310,7 +346,7 @@ class _Tracked:
             yield
         except BaseException as err:
             interrupted = isinstance(err, KeyboardInterrupt) or getattr(err, "interrupted", False)
-            with suppress(StoreUnwritable):  # on a full disk it would hide which task failed
+            with suppress(ArtifactError):  # on a full disk it would hide which task failed
                 self._write_ref("interrupted" if interrupted else "failed")
             self.tracker.finish("KILLED" if interrupted else "FAILED")
             raise
@@ -333,7 +369,7 @@ class _Tracked:
 
     def _track(self, event: Event) -> None:
         """Log what comes of a block, stepped by block, and of an epoch of its training."""
-        if event.kind == "progress":
+        if event.kind == "progress" and event.metrics and event.node.endswith("]"):
             self._log_once(event.metrics, event.task, event.step, sign="loss")
         elif event.kind == "done" and event.task in _BLOCK_METRICS and event.node.endswith("]"):
             metrics = dict(event.result.metrics if event.result is not None else self._stored_metrics(event.node))
@@ -365,10 +401,11 @@ class _Tracked:
         if tracker.run_id is not None:
             self._log_missing_blocks()
             metrics: dict[str, float] = {"seconds": seconds, "prefix/num_tokens": len(record["prefix"]["token_ids"])}
-            for each in record["perplexity"]:
-                model = each["model"].replace(" ", "_")
-                text = re.sub(r"[^\w.-]", "_", each["text"])  # what MLflow takes in a name
-                metrics[f"eval/{text}_ppl/{model}"] = each["ppl"]
+            metrics |= _measured(record)
+            for name, node in self.graph.nodes.items():
+                if node.task.name == "export_profile":
+                    prefix = f"export/{node.config.profile}"
+                    metrics |= {f"{prefix}/{key}": each for key, each in self._stored_metrics(name).items()}
             errors = [block["error"] for block in record["blocks"]]
             metrics["block_error/mean"] = sum(errors) / len(errors)
             metrics |= {f"seconds/{stage}": each for stage, each in _stage_seconds(self.graph, done).items()}
@@ -382,7 +419,7 @@ class _Tracked:
             tagged = ("load", "prefix", "export", "report")
             tracker.set_tags({f"artifact.{name}": self.graph.key(name) for name in tagged})
             tracker.finish("FINISHED")
-        self._write_ref("finished", ppl=record["perplexity"])
+        self._write_ref("finished", ppl=record["perplexity"], tasks=record["tasks"])
 
     def _log_missing_blocks(self) -> None:
         """Log what MLflow lacks of the blocks: an earlier run stored them, or died before it could send it."""
@@ -412,6 +449,18 @@ class _Tracked:
             **extra,
         }
         self.store.write_ref(self.run_id, record)
+
+
+def _measured(record: dict[str, Any]) -> dict[str, float]:
+    """Return perplexities and what tasks gave, by names that MLflow takes."""
+    named = {(f"{each['text']}_ppl", each["model"]): each["ppl"] for each in record["perplexity"]}
+    for each in record["tasks"]:
+        for metric, value in each["metrics"].items():
+            named[f"{each['task']}_{metric}", each["model"]] = value
+            if each["stderr"][metric] is not None:
+                named[f"{each['task']}_{metric}_stderr", each["model"]] = each["stderr"][metric]
+    plain = re.compile(r"[^\w.-]")
+    return {f"eval/{plain.sub('_', name)}/{model.replace(' ', '_')}": value for (name, model), value in named.items()}
 
 
 def default_tracking(store: ArtifactStore) -> str | None:

@@ -6,21 +6,32 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
-from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactMissing, ResourceError, StoreUnwritable
-from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError
+from torch import OutOfMemoryError
+
+from prefixquant.cluster.errors import (
+    ArtifactCorrupted,
+    ArtifactMissing,
+    ResourceError,
+    StoreUnavailable,
+    StoreUnreadable,
+    StoreUnwritable,
+)
+from prefixquant.cluster.inline_session import InlineSession
+from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError, first_line
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.graph import Graph, Node
-from prefixquant.pipeline.keys import plain_config
+from prefixquant.pipeline.placement import Admission, Request, ranks_for, request_of, upward_ranks
 from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
 from prefixquant.pipeline.worker import NodeCall, NodeResult, run_member, run_node
 from prefixquant.tasks.errors import CheckpointError, ConfigError, DataError, NumericalError, UnsupportedModelError
 
 _MAX_REPAIRS = 2  # of one artifact
+_STREAMS_A_SLOT = 4  # ephemeral artifacts that wait for a reader, for each GPU, or core without one
 _POLL_S = 1.0  # so that signals are heard while tasks run
 
 _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
@@ -29,14 +40,22 @@ _ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     ((CheckpointError, UnsupportedModelError), "Correct the model's files and run again; what is finished is stored."),
     (NumericalError, "The numbers diverged: lower the learning rate, or look at what enters that block."),
     (ResourceError, "Ask for fewer processes with --ranks, or use a larger cluster, and run again to go on from here."),
+    (StoreUnavailable, "The store did not answer for long. Run again to go on from here."),
+    (StoreUnreadable, "Renew credentials or permissions of the store, then run again; what is finished is stored."),
     (StoreUnwritable, "Make room or choose another store, then run again; what is finished is stored."),
     (
         (ArtifactCorrupted, ArtifactMissing),
         "Its input is damaged or gone each time it is built: check the disk, and whether another run uses the store.",
     ),
-    (MemoryError, "Too little memory: lower the batch or calibration size of that task, or use a larger machine."),
+    (
+        (MemoryError, OutOfMemoryError),
+        "Too little memory: lower the batch or calibration size of that task, or use a larger machine.",
+    ),
     (TaskLostError, "The worker died each time, mostly for lack of memory. Run again to go on from here."),
 )
+Session = RaySession | InlineSession
+"""Where a run's tasks go."""
+
 _INPUT_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedModelError)
 _DEFAULT_ADVICE = "Run again to go on from here; what is finished is stored."
 
@@ -45,8 +64,9 @@ Outcome = Literal["done", "cached", "failed", "skipped", "unneeded"]
 interrupted first. unneeded: nothing that ran had a use for it."""
 
 
-EventKind = Literal["submitted", "progress", "done", "cached", "failed", "skipped", "repaired", "discarded"]
+EventKind = Literal["submitted", "progress", "done", "cached", "failed", "skipped", "repaired", "reduced", "discarded"]
 """progress: its task says how far it is. repaired: an input of the node was damaged and is built again first.
+reduced: the GPU's memory did not suffice and the node runs again with half as much in a forward.
 discarded: the node's ephemeral artifact has served and is gone from the store. The others: see Outcome."""
 
 
@@ -65,7 +85,7 @@ class Event:
     """With `done`, unless another node's run yielded the artifact."""
 
     message: str = ""
-    """With `failed` and `repaired`: why. With `progress`: where the task is, in a few words."""
+    """With `failed`, `repaired` and `reduced`: why. With `progress`: where the task is, in a few words."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     """With `progress`: numbers for tracking."""
@@ -121,7 +141,7 @@ def execute(
     graph: Graph,
     targets: Collection[str],
     store: ArtifactStore,
-    session: RaySession,
+    session: Session,
     *,
     ranks: int | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -129,8 +149,8 @@ def execute(
     """Build what the targets lack and return what became of every node.
 
     A task that raises fails its node; what does not depend on it goes on and is stored. A damaged input is discarded
-    and built again. SIGINT or SIGTERM kills the running tasks and ends the run. In each case the published artifacts
-    stay, and the next call goes on from them.
+    and built again. SIGINT or SIGTERM ends the run; what is under way ends with the session. In each case the published
+    artifacts stay, and the next call goes on from them.
 
     Args:
         graph: a graph that passes `check`.
@@ -149,7 +169,7 @@ def execute(
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            session.cancel(list(run.pending))
+            session.abandon(list(run.pending))
     return run.finish(interrupted)
 
 
@@ -161,7 +181,7 @@ class _Run:
         graph: Graph,
         targets: Collection[str],
         store: ArtifactStore,
-        session: RaySession,
+        session: Session,
         ranks: int | None,
         on_event: Callable[[Event], None],
     ) -> None:
@@ -173,9 +193,16 @@ class _Run:
         self.results: dict[str, NodeResult] = {}
         self.failures: dict[str, NodeFailure] = {}
         self.repairs: Counter[str] = Counter()
+        self.reduced: set[str] = set()
         self.pending: dict[Ref, str] = {}
         durable = [name for name in graph.order if not graph.nodes[name].task.ephemeral]
         self.kept = {*targets, *durable}
+        self.requests = {name: self.request(node) for name, node in graph.nodes.items()}
+        slots = session.gpus or session.cpus
+        self.admission = Admission(session.cpus, session.gpus, streams=_STREAMS_A_SLOT * slots)
+        costs = {name: node.estimate.seconds if node.estimate else 1.0 for name, node in graph.nodes.items()}
+        ranks_up = upward_ranks(graph, costs)
+        self.first_to_last = sorted(graph.order, key=lambda name: -ranks_up[name])
 
     def loop(self) -> None:
         """Return when nothing is running and nothing more can be started."""
@@ -190,14 +217,18 @@ class _Run:
                 self.collect(ref)
 
     def submit_ready(self) -> None:
-        """Start every node that has to run and has its inputs."""
+        """Start nodes that have to run and have their inputs, the longest way to the end first, while there is room.
+
+        The cluster gets little more than it can run at once (`placement.Admission`).
+        """
         states = decide(self.graph, self.targets, self.stored, self.failures)
         busy = {self.graph.key(name) for name in self.pending.values()}
         found = False
         for name, state in states.items():
             if state == "cached" and name not in self.states:
                 self.set_state(name, "cached")
-            if state != "run" or name in self.failures:
+        for name in self.first_to_last:
+            if states[name] != "run" or name in self.failures:
                 continue
             key = self.graph.key(name)
             if key in busy or any(self.graph.key(parent) not in self.stored for parent in self.graph.parents(name)):
@@ -208,19 +239,28 @@ class _Run:
                 self.set_state(name, "cached")
                 found = True
                 continue
+            node = self.graph.nodes[name]
+            streams = self.waiting_streams() if node.task.ephemeral else None
+            if not self.admission.admit(name, self.requests[name], self.num_ranks(node), waiting_streams=streams):
+                continue
             self.submit(name)
             busy.add(key)
         if found:
             self.submit_ready()
 
+    def waiting_streams(self) -> int:
+        """Return how many ephemeral artifacts there are or are in the making."""
+        names = [name for name, node in self.graph.nodes.items() if node.task.ephemeral]
+        under_way = set(self.pending.values())
+        return sum(self.graph.key(name) in self.stored or name in under_way for name in names)
+
     def submit(self, name: str) -> None:
-        node = self.graph.nodes[name]
-        cpus, gpus = self.session.fit(node.resources.cpus, node.resources.gpus)
-        later = self.decide_rest()
+        node, request = self.graph.nodes[name], self.requests[name]
+        later, gang = self.decide_rest(), node.resources.gang
         byproducts = {
             label: Byproduct(
                 key=self.graph.key(product),
-                meta=_meta(self.graph.nodes[product]),
+                meta=self.graph.nodes[product].meta(),
                 wanted=later[product] in ("yielded", "run"),
             )
             for label, product in node.byproducts.items()
@@ -233,16 +273,30 @@ class _Run:
             key=self.graph.key(name),
             input_keys=self.graph.input_keys(name),
             byproducts=byproducts,
-            cpus=cpus,
-            mailbox=self.session.mailbox() if node.resources.gang is not None else None,
+            cpus=max(1, request.cpus),
+            mailbox=self.session.mailbox() if gang is not None else None,
+            sharding="zero" if gang is None else gang.sharding,
+            parts=2 if name in self.reduced else 1,
         )
         ranks = self.num_ranks(node)
         if ranks > 1:
-            ref = self.session.submit_group(run_member, call, name=name, ranks=ranks, cpus=cpus, gpus=gpus)
+            ref = self.session.submit_group(
+                run_member, call, name=name, ranks=ranks, cpus=request.cpus, gpus=request.gpus
+            )
         else:
-            ref = self.session.submit(run_node, call, name=name, cpus=cpus, gpus=gpus)
+            room = {"memory": request.memory_bytes, "disk": request.disk_bytes}
+            arguments = (call, None, self.session.device)
+            ref = self.session.submit(run_node, *arguments, name=name, cpus=request.cpus, gpus=request.gpus, **room)
         self.pending[ref] = name
         self.emit("submitted", name)
+
+    def request(self, node: Node) -> Request:
+        """Return what the node, or each of its ranks, asks for, cut to what is there. Ranks share no GPU."""
+        gpu = self.session.gpu()
+        alone = self.num_ranks(node) > 1
+        wanted = request_of(node, None if gpu is None or alone else gpu[1])
+        cpus, gpus = self.session.fit(wanted.cpus, wanted.gpus)
+        return replace(wanted, cpus=cpus, gpus=gpus)
 
     def num_ranks(self, node: Node) -> int:
         """Return how many processes the node runs as: what was asked for, or what its share of the GPUs has room for.
@@ -256,8 +310,7 @@ class _Run:
             if gang.batch % self.ranks:
                 raise ConfigError(f"--ranks {self.ranks} does not divide train.batch_size {gang.batch}")
             return self.ranks
-        most = max(1, self.session.gpus // gang.shares)
-        return max(ranks for ranks in range(1, min(most, gang.batch) + 1) if gang.batch % ranks == 0)
+        return ranks_for(self.session.gpus, gang.shares, gang.batch)
 
     def read_messages(self) -> None:
         """Pass on what the running tasks say of themselves."""
@@ -280,11 +333,18 @@ class _Run:
     def collect(self, ref: Ref) -> None:
         """Take in the end of one task."""
         name = self.pending.pop(ref)
+        self.admission.end(name)
         try:
             result: NodeResult = self.session.result(ref)
         except (ArtifactCorrupted, ArtifactMissing) as err:
             if not self.repair(name, err):
                 self.fail(name, err)
+        except OutOfMemoryError as err:  # of a GPU
+            if name in self.reduced:
+                self.fail(name, err)
+            else:
+                self.reduced.add(name)
+                self.emit("reduced", name, message=first_line(err))
         except Exception as err:  # whatever a task can raise fails that task and is reported
             self.fail(name, err)
         else:
@@ -378,19 +438,7 @@ class _Run:
         self.on_event(Event(kind, name, task, seconds, result, message, metrics or {}, step))
 
 
-def _meta(node: Node) -> dict[str, Any]:
-    """Return what the manifest of a byproduct says of its node."""
-    return {
-        "task": node.task.name,
-        "version": node.task.version,
-        "config": plain_config(node.config),
-        "node": node.name,
-    }
-
-
 def _advice(err: Exception) -> str:
-    if type(err).__name__ == "OutOfMemoryError":  # torch's, which is not a MemoryError
-        err = MemoryError()
     return next((advice for kinds, advice in _ADVICE if isinstance(err, kinds)), _DEFAULT_ADVICE)
 
 

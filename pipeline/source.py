@@ -3,23 +3,57 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from prefixquant.cluster.downloads import cache_folder
+from prefixquant.cluster.remote_folder import RemoteFile, RemoteFolder, is_remote
 from prefixquant.pipeline.recipe import ModelConfig
+from prefixquant.pipeline.remote_model import RemoteCheckpoint
 from prefixquant.tasks.errors import CheckpointError, ConfigError
+from prefixquant.tasks.load import LoadedModel, cached_checkpoint, load_model
+from prefixquant.tasks.model.checkpoint import Checkpoint
 
 _PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """Files of a model folder that decide what it computes: weights, config, tokenizer, chat template."""
 
 
-def resolve_source(model: ModelConfig) -> Path:
-    """Return the local folder or .gguf file of a model, downloading a hub id's files if they are not cached.
+def resolve_source(model: ModelConfig) -> Path | str:
+    """Return the local folder or .gguf file of a model, or its URL; a hub id's files are downloaded if need be.
 
     Raises:
         CheckpointError: it does not exist, or the hub cannot be reached.
     """
+    if is_remote(model.source):
+        return model.source.rstrip("/")
+    return _resolve_local(model)
+
+
+def checkpoint_at(path: str, index: dict[str, Any] | None = None) -> Checkpoint:
+    """Return the checkpoint at a local path or a URL, opened once a process; `index` as `open_checkpoint` takes it."""
+    return _remote_checkpoint(path) if is_remote(path) else cached_checkpoint(path, index)
+
+
+def model_at(path: str) -> LoadedModel:
+    """Return what is known of the model at a local path or a URL; raises as `load_model` does."""
+    return load_model(path, _remote_checkpoint(path) if is_remote(path) else None)
+
+
+def _remote_checkpoint(url: str) -> RemoteCheckpoint:
+    return _opened(url, tuple(sorted(RemoteFolder(url).files().items())))
+
+
+@lru_cache(maxsize=1)
+def _opened(url: str, files: tuple[tuple[str, RemoteFile], ...]) -> RemoteCheckpoint:
+    return RemoteCheckpoint(url, dict(files))
+
+
+def _resolve_local(model: ModelConfig) -> Path:
     path = Path(model.source).expanduser()
     if path.exists():
         if model.revision is not None:
@@ -42,15 +76,19 @@ def resolve_source(model: ModelConfig) -> Path:
         ) from err
 
 
-def source_fingerprint(path: Path) -> str:
+def source_fingerprint(place: str | Path) -> str:
     """Return the digest of the bytes of a model's files and their names; not of where they lie.
 
-    A file's digest is remembered by path, size and time of change, so that an unchanged model is read once.
+    A file's digest is remembered by path, size and time of change, so that an unchanged model is read once. One at a
+    URL is read in passing and not kept.
     """
+    if is_remote(place):
+        return _remote_fingerprint(str(place))
+    path = Path(place)
     files = [path] if path.is_file() else sorted({file for pattern in _PATTERNS for file in path.glob(pattern)})
     if not files:
         raise CheckpointError(f"{path} holds no model files; give a model folder, a hub id or a .gguf file")
-    memory = _Memory(_cache_folder() / "fingerprints.json")
+    memory = _Memory(cache_folder() / "fingerprints.json")
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(memory.digest, files))
     memory.save()
@@ -60,8 +98,29 @@ def source_fingerprint(path: Path) -> str:
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("PREFIXQUANT_CACHE", "~/.cache/prefixquant")).expanduser()
+def _remote_fingerprint(url: str) -> str:
+    folder = RemoteFolder(url)
+    files = folder.files()
+    names = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in _PATTERNS))
+    if not names:
+        raise CheckpointError(f"{url} holds no model files; give a Hugging Face model folder")
+    memory = _Memory(cache_folder() / "fingerprints.json")
+
+    def digest(name: str) -> str:
+        file = files[name]
+        return memory.of(f"{url}/{name}:{file.size}:{file.tag}", lambda: _streamed_digest(folder, name))
+
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(digest, names))
+    memory.save()
+    return hashlib.sha256(json.dumps(list(zip(names, digests, strict=True))).encode()).hexdigest()
+
+
+def _streamed_digest(folder: RemoteFolder, name: str) -> str:
+    sha256 = hashlib.sha256()
+    for chunk in folder.chunks(name):
+        sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 class _Memory:
@@ -78,10 +137,17 @@ class _Memory:
     def digest(self, file: Path) -> str:
         """Return the SHA-256 of a file, from memory if size and time of change are the same."""
         status = file.stat()
-        identity = f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-        if identity not in self._known:
+
+        def read() -> str:
             with file.open("rb") as handle:
-                self._known[identity] = hashlib.file_digest(handle, "sha256").hexdigest()
+                return hashlib.file_digest(handle, "sha256").hexdigest()
+
+        return self.of(f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}", read)
+
+    def of(self, identity: str, read: Callable[[], str]) -> str:
+        """Return the digest of what has this identity, by `read` if it is new."""
+        if identity not in self._known:
+            self._known[identity] = read()
         return self._known[identity]
 
     def save(self) -> None:

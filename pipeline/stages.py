@@ -1,25 +1,26 @@
 """The tasks of the DAG: each takes stored artifacts apart, calls one pure function, and declares name and version."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefixquant.pipeline.graph import Resources, Task
 from prefixquant.pipeline.keys import outside_key
+from prefixquant.pipeline.source import checkpoint_at, model_at
 from prefixquant.pipeline.worker import TaskContext, TaskOutput
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.calibrate import CalibrateConfig, Ranges, calibrate_blocks
-from prefixquant.tasks.evaluate import PerplexityConfig, perplexity
+from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.export import ENDS_FILE, PREFIX_FILE, block_file, export_files
 from prefixquant.tasks.find_prefix import FindPrefixConfig, choose_prefix, down_input_peaks, prefix_key_values
 from prefixquant.tasks.gptq import GptqConfig
-from prefixquant.tasks.load import LoadedModel, load_model, read_ends, torch_dtype
-from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites, run_batched
-from prefixquant.tasks.model.saved import block_tensors, block_weights
+from prefixquant.tasks.load import LoadedModel, read_ends, torch_dtype
+from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, run_batched
+from prefixquant.tasks.model.saved import block_tensors
 from prefixquant.tasks.model.sites import OnlineTransforms, head_size
 from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.quantize_block import quantize_block
@@ -29,6 +30,9 @@ from prefixquant.tasks.texts import TextConfig, WindowsConfig, cut_windows, draw
 
 COMPUTE = Resources(gpus=1, cpus=1)
 """Of the tasks that pass data through blocks."""
+
+CHEAP = Resources(cpus=0)
+"""Of the tasks that compute nothing to speak of: none of them waits behind one that does."""
 
 BATCH_TOKENS = 8192
 """Tokens of one forward through a block."""
@@ -47,7 +51,7 @@ class LoadNode:
 
 def run_load(context: TaskContext) -> TaskOutput:
     """Check a checkpoint and keep its config and tokenizer."""
-    model = load_model(context.config.path)
+    model = model_at(context.config.path)
     return TaskOutput(model.to_artifact(), metrics={"num_blocks": model.num_blocks})
 
 
@@ -97,11 +101,14 @@ def run_rotate(context: TaskContext) -> TaskOutput:
     """Fold gains and rotations into one block, or into embedding and head."""
     config: RotateNode = context.config
     model = LoadedModel.from_artifact(context.inputs["load"])
-    family, checkpoint = model.family, model.checkpoint(config.path)
+    family, checkpoint = model.family, checkpoint_at(config.path, model.index)
     options: dict[str, Any] = {"dtype": torch_dtype(config.dtype), "device": context.device}
     if config.block is None:
-        return TaskOutput(_ends_artifact(rotate_ends(read_ends(checkpoint, family), config.rotate, **options), model))
+        ends = read_ends(checkpoint, family)
+        context.traffic.read += sum(part.nbytes for part in (ends.embedding, ends.gain, ends.head))
+        return TaskOutput(_ends_artifact(rotate_ends(ends, config.rotate, **options), model))
     weights = checkpoint.read_block(family, config.block, block_shapes(model.config, config.block))
+    context.traffic.read += sum(weight.nbytes for weight in weights.values())
     head_dim = head_size(model.config)
     return TaskOutput(Artifact(rotate_block(weights, family, head_dim, config.block, config.rotate, **options)))
 
@@ -149,8 +156,8 @@ class RotatedBlocks(Sequence[Block]):
         return self._build(index=index, weights=self._artifacts[index].tensors)
 
 
-def _batch_size(windows: Tensor) -> int:
-    return max(1, BATCH_TOKENS // windows.shape[1])
+def _batch_size(windows: Tensor, context: TaskContext) -> int:
+    return max(1, BATCH_TOKENS // context.parts // windows.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +181,7 @@ def run_prefix(context: TaskContext) -> TaskOutput:
         windows = context.inputs["windows"].tensors["windows"]
         blocks = RotatedBlocks(context, model, config.transforms, None)
         stream = ends.embedding[windows].to(context.device)
-        peaks = down_input_peaks(blocks, stream, batch_size=_batch_size(windows), device=context.device)
+        peaks = down_input_peaks(blocks, stream, batch_size=_batch_size(windows, context), device=context.device)
         choice = choose_prefix(windows, peaks, model.bos_token_id, config.find)
         token_ids = choice.token_ids
         record = {
@@ -217,7 +224,7 @@ def run_calibrate(context: TaskContext) -> TaskOutput:
         prefix_tensors(context.inputs["prefix"]),
         stream,
         config.calibrate,
-        batch_size=_batch_size(windows),
+        batch_size=_batch_size(windows, context),
         device=context.device,
     )
     tensors: dict[str, Tensor] = {}
@@ -252,7 +259,7 @@ def run_stream(context: TaskContext) -> TaskOutput:
     stream = context.inputs["stream"].tensors["stream"]
     prefix = block_prefix(prefix_tensors(context.inputs["prefix"]), previous, context.device)
     output = run_batched(
-        partial(block, prefix=prefix), stream, _batch_size(stream), context.device, f"stream, block {previous}"
+        partial(block, prefix=prefix), stream, _batch_size(stream, context), context.device, f"stream, block {previous}"
     )
     return TaskOutput(Artifact({"stream": output}))
 
@@ -283,7 +290,7 @@ def run_block(context: TaskContext) -> TaskOutput:
         block_prefix(prefix_tensors(context.inputs["prefix"]), config.block, context.device),
         config.quantize.weights,
         config.search,
-        batch_size=_batch_size(stream),
+        batch_size=_batch_size(stream, context),
         gptq=config.gptq,
     )
     spec = config.quantize.weights
@@ -293,65 +300,6 @@ def run_block(context: TaskContext) -> TaskOutput:
         errors["error_nearest"] = result.error_nearest
     record: dict[str, Any] = {**errors, "search": result.search, "tensors": sorted(tensors)}
     return TaskOutput(Artifact(tensors, record), metrics=errors)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateNode:
-    """What is measured: the original model, or the quantized one behind its prefix."""
-
-    variant: Literal["full_precision", "quantized"]
-    transforms: OnlineTransforms | None
-    quantize: QuantizeConfig | None
-    dtype: str
-    path: str = field(metadata=outside_key())
-
-
-def run_evaluate(context: TaskContext) -> TaskOutput:
-    """Measure perplexity over the windows of one text, one block held at a time."""
-    config: EvaluateNode = context.config
-    model = LoadedModel.from_artifact(context.inputs["load"])
-    windows = context.inputs["windows"].tensors["windows"]
-    if config.variant == "full_precision":
-        original = read_ends(model.checkpoint(config.path), model.family)
-        dtype = torch_dtype(config.dtype)
-        ends = Ends(*(part.to(dtype) for part in (original.embedding, original.gain, original.head)))
-        blocks = _original_blocks(context, model)
-    else:
-        ends = model_ends(context.inputs["ends"], model)
-        blocks = _quantized_blocks(context, model)
-    result = perplexity(
-        blocks,
-        ends,
-        model.config.rms_norm_eps,
-        windows,
-        device=context.device,
-        batch_tokens=BATCH_TOKENS,
-    )
-    return TaskOutput(Artifact(record=asdict(result)), metrics={"ppl": result.ppl, "tokens": result.tokens})
-
-
-def _original_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple[Block, None]]:
-    config: EvaluateNode = context.config
-    checkpoint, dtype = model.checkpoint(config.path), torch_dtype(config.dtype)
-    shapes = block_shapes(model.config, 0)
-    for index in range(model.num_blocks):
-        weights = {name: w.to(dtype) for name, w in checkpoint.read_block(model.family, index, shapes).items()}
-        yield _block(context, model, index, weights, OnlineTransforms(r3=False, r4=False)), None
-
-
-def _quantized_blocks(context: TaskContext, model: LoadedModel) -> Iterator[tuple[Block, Any]]:
-    config: EvaluateNode = context.config
-    assert config.quantize is not None
-    assert config.transforms is not None
-    prefix = prefix_tensors(context.inputs["prefix"])
-    shapes = block_shapes(model.config, 0)
-    for index, artifact in enumerate(context.inputs["blocks"]):
-        weights, sites = block_weights(
-            artifact.tensors, shapes, model.family, index, config.quantize.weights, torch_dtype(config.dtype)
-        )
-        block = _block(context, model, index, weights, config.transforms, config.quantize)
-        load_sites(block.sites, sites, context.device)
-        yield block, block_prefix(prefix, index, context.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -379,12 +327,11 @@ def run_export(context: TaskContext) -> TaskOutput:
     return TaskOutput(Artifact(record=record, files=files))
 
 
-LOAD = Task(name="load", version=1, run=run_load)
+LOAD = Task(name="load", version=2, run=run_load)
 TOKENS = Task(name="tokens", version=1, run=run_tokens)
 ROTATE = Task(name="rotate", version=1, run=run_rotate)
 PREFIX = Task(name="prefix", version=1, run=run_prefix)
 CALIBRATE = Task(name="calibrate", version=1, run=run_calibrate)
 STREAM = Task(name="stream", version=1, run=run_stream, ephemeral=True)
 BLOCK = Task(name="block", version=1, run=run_block)
-EVALUATE = Task(name="evaluate", version=1, run=run_evaluate)
 EXPORT = Task(name="export", version=1, run=run_export)

@@ -85,8 +85,12 @@ def _place_problems(options: SubmitOptions) -> Iterator[str]:
     """Yield what is wrong with store, output folder, tracking and working folder."""
     if options.working_dir is not None and not options.working_dir.is_dir():
         yield f"--working-dir {options.working_dir} is no folder of this machine"
-    if options.out is not None and not options.out.startswith("/"):
-        yield f"--out {options.out} would be lost with the job; give an absolute path on a disk of the head node"
+    out = options.out
+    if out is not None and "://" in out:
+        if problem := _url_problem("--out", out):
+            yield problem
+    elif out is not None and not out.startswith("/"):
+        yield f"--out {out} would be lost with the job; give a URL, or an absolute path on a disk of the head node"
     if problem := _url_problem("--store", options.store):
         yield problem
     tracking = options.tracking
@@ -117,6 +121,8 @@ def _path_problems(recipe: Recipe, working_dir: Path | None) -> Iterator[str]:
     """Yield the paths of the recipe that cannot exist on the cluster. An absolute one is taken as a path over there."""
     texts = [("data.calibration", recipe.data.calibration), *(("evaluate.texts", t) for t in recipe.evaluate.texts)]
     paths = [(key, text) for key, text in texts if text not in NAMED_SETS]
+    if recipe.evaluate.task_folder is not None:
+        paths.append(("evaluate.task_folder", recipe.evaluate.task_folder))
     source = recipe.model.source
     inside = working_dir is not None and (working_dir / source).exists()
     if source.endswith(".gguf") or source.startswith(".") or Path(source).exists() or inside:  # otherwise a hub id

@@ -17,6 +17,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+from prefixquant.cluster.refusals import without_secrets
+
 Scalar = int | float | str
 
 FLUSH_POINTS = 200
@@ -106,7 +108,7 @@ class Tracker:
             link = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
             is_server = uri.startswith(("http://", "https://"))
             page = f"{uri.rstrip('/')}/" if is_server else f"mlflow ui --backend-store-uri {uri}, then "
-            tracker.url_hint = f"{page}{link}"
+            tracker.url_hint = without_secrets(f"{page}{link}")
             tracker._next_flush = time.monotonic() + FLUSH_S
             tracker._log_params(params, run.data.params)
             tracker.set_tags(tags)
@@ -223,7 +225,7 @@ class Tracker:
 
     def _fail(self, what: str, err: Exception | None = None) -> None:
         reason = f": {type(err).__name__}: {_brief(str(err), 300)}" if err is not None else ""
-        message = f"MLflow at {self._uri}: {what}{reason}"
+        message = without_secrets(f"MLflow at {self._uri}: {what}{reason}")
         if message not in self.failures:
             self.failures.append(message)
 
@@ -257,7 +259,8 @@ def list_runs(uri: str, experiment: str) -> list[RunSummary]:
             if not (token := page.token):
                 break
     except Exception as err:  # as above: no common base, and here the caller asked for an answer
-        raise TrackingError(f"MLflow at {uri} cannot be read: {type(err).__name__}: {_brief(str(err), 300)}") from err
+        message = f"MLflow at {uri} cannot be read: {type(err).__name__}: {_brief(str(err), 300)}"
+        raise TrackingError(without_secrets(message)) from err
     return [
         RunSummary(
             run_id=run.info.run_id,

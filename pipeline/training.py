@@ -110,6 +110,9 @@ def run_train(context: TaskContext) -> TaskOutput:
     def on_epoch(epoch: Epoch) -> None:
         context.post(_text(epoch, epochs), epoch_metrics(asdict(epoch)), epoch_step(epoch.block, epoch.epoch, epochs))
 
+    def on_divergence(block: int, where: str) -> None:
+        context.post(f"block {block}: {where}; once more at half the learning rates", {}, epoch_step(block, 1, epochs))
+
     train_chain(
         Chain(
             config=model.config,
@@ -131,6 +134,7 @@ def run_train(context: TaskContext) -> TaskOutput:
         seed=config.seed,
         gptq=config.gptq,
         on_epoch=on_epoch,
+        on_divergence=on_divergence,
     )
     return TaskOutput(Artifact(record={"first": config.first, "stop": config.stop}))
 

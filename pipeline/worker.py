@@ -6,21 +6,21 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from prefixquant.cluster.mailbox import Mailbox
 from prefixquant.cluster.ray_session import assigned_gpus
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.cluster.worker_group import Membership
-from prefixquant.pipeline.access import Byproduct, InputKeys, LazyInputs, Products
-from prefixquant.pipeline.artifacts import publish_artifact
+from prefixquant.pipeline.access import Byproduct, InputKeys, LazyInputs, Products, Traffic
+from prefixquant.pipeline.artifacts import publish_artifact, scratch_folder
 from prefixquant.pipeline.graph import GraphError, Task
 from prefixquant.pipeline.keys import plain_config
 from prefixquant.tasks.artifact import Artifact
@@ -60,6 +60,15 @@ class TaskContext:
     post: Post = post_nothing
     """Tells the run how far the task is."""
 
+    traffic: Traffic = field(default_factory=Traffic)
+    """Bytes moved so far. Inputs and products are counted; what a task reads besides it adds itself."""
+
+    scratch: Callable[[], Path] | None = None
+    """Makes the folder for large files of this task (once); it goes when the artifact is stored."""
+
+    parts: int = 1
+    """By how much less than usual passes a block at once; 2 after the GPU's memory did not suffice."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaskOutput:
@@ -97,6 +106,22 @@ class NodeResult:
     byproducts: tuple[str, ...] = ()
     """Labels of its byproducts that are in the store."""
 
+    read_bytes: int = 0
+    """Read from the store and the checkpoint."""
+
+    written_bytes: int = 0
+    """Written to the store, byproducts included."""
+
+
+class Messages(Protocol):
+    """Takes what a task says while it is under way: the mailbox of a run on Ray, for one."""
+
+    def put(self, message: dict[str, Any]) -> None:
+        """Take a message, without waiting."""
+
+    def flush(self) -> object:
+        """Wait until all messages have gone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeCall:
@@ -116,31 +141,55 @@ class NodeCall:
     cpus: int
     """Torch threads."""
 
-    mailbox: Mailbox | None = None
+    mailbox: Messages | None = None
     """Where to say how far the task is."""
+
+    sharding: str = "zero"
+    """How several processes divide what they train: `rows` (tasks/sharded_steps.py), or `zero` (DeepSpeed)."""
+
+    parts: int = 1
+    """See `TaskContext.parts`."""
 
 
 def run_member(member: Membership, call: NodeCall) -> NodeResult:
     """Run the node on one of several processes that work on it together; rank 0 publishes."""
-    from prefixquant.cluster.deepspeed_ranks import join
-
-    with join(member, _device()) as ranks:
+    with _joined(member, call.sharding, _device(), call.parts) as ranks:
         return run_node(call, ranks)
 
 
-def run_node(call: NodeCall, ranks: Ranks | None = None) -> NodeResult:
+@contextmanager
+def _joined(member: Membership, sharding: str, device: torch.device, parts: int) -> Iterator[Ranks]:
+    """Give this process's place among those that train together."""
+    if sharding == "zero":
+        from prefixquant.cluster.deepspeed_ranks import join
+
+        with join(member, device, parts=parts) as zero:
+            yield zero
+        return
+    from prefixquant.cluster.process_group import process_group
+    from prefixquant.tasks.sharded_steps import ShardedRanks
+
+    with process_group(member, device):
+        rows = ShardedRanks(parts=parts)
+        yield rows
+        rows.close()
+
+
+def run_node(call: NodeCall, ranks: Ranks | None = None, device: torch.device | str | None = None) -> NodeResult:
     """Run the task, publish its artifact and then its byproducts, and return what it cost.
 
-    `ranks`: the processes that run it together; None: it is this one.
+    `ranks`: the processes that run it together; None: it is this one. `device`: where; None: the GPU that Ray has
+    assigned, or the CPU.
 
     Raises what the task raises, ArtifactMissing or ArtifactCorrupted for an input, StoreUnwritable.
     """
     _freeze_imports()
-    device = _device()
+    device = _device() if device is None else torch.device(device)
     torch.set_num_threads(call.cpus)
     _reset_peaks(device)
     try:
-        return _run_and_publish(call, ArtifactStore(call.store_url), device, ranks or SingleRank())
+        ranks = ranks or SingleRank(parts=call.parts)
+        return _run_and_publish(call, ArtifactStore(call.store_url), device, ranks)
     except Exception as err:
         traceback.clear_frames(err.__traceback__)  # their tensors would outlive the task with the error
         raise
@@ -149,21 +198,37 @@ def run_node(call: NodeCall, ranks: Ranks | None = None) -> NodeResult:
 
 
 def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device, ranks: Ranks) -> NodeResult:
+    with ExitStack() as stack:
+        scratch = cache(lambda: stack.enter_context(scratch_folder(store)))
+        return _run_in(call, store, device, ranks, scratch)
+
+
+def _run_in(
+    call: NodeCall, store: ArtifactStore, device: torch.device, ranks: Ranks, scratch: Callable[[], Path]
+) -> NodeResult:
     start = time.perf_counter()
     assert call.task.run is not None, f"{call.node} can only be yielded"
     wanted = frozenset(label for label, each in call.byproducts.items() if each.wanted)
     send = _sender(call, ranks)
+    traffic = Traffic()
     products = Products(
-        store, call.byproducts, publishes=ranks.rank == 0, on_published=lambda label: send({"product": label})
+        store,
+        call.byproducts,
+        publishes=ranks.rank == 0,
+        on_published=lambda label: send({"product": label}),
+        traffic=traffic,
     )
     context = TaskContext(
         config=call.config,
-        inputs=LazyInputs(store, call.input_keys),
+        inputs=LazyInputs(store, call.input_keys, traffic),
         device=device,
         byproducts=wanted,
         products=products,
         ranks=ranks,
         post=lambda text, metrics, step: send({"text": text, "metrics": dict(metrics), "step": step}),
+        traffic=traffic,
+        scratch=scratch,
+        parts=call.parts,
     )
     output = call.task.run(context)
     missing = sorted(wanted - output.byproducts.keys() - set(products.stored())) if ranks.rank == 0 else []
@@ -175,6 +240,7 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         stored_bytes=0,
         metrics={name: float(value) for name, value in output.metrics.items()},
+        read_bytes=traffic.read,
     )
     if ranks.rank != 0:
         return result
@@ -187,7 +253,9 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
         "seconds": result.seconds,
         "peak_host_bytes": result.peak_host_bytes,
         "peak_device_bytes": result.peak_device_bytes,
+        "read_bytes": result.read_bytes,
         "metrics": result.metrics,
+        "parts": call.parts,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": _versions(),
     }
@@ -199,7 +267,8 @@ def _run_and_publish(call: NodeCall, store: ArtifactStore, device: torch.device,
     return replace(
         result,
         seconds=time.perf_counter() - start,
-        stored_bytes=sum(entry.size for entry in manifest.files.values()),
+        stored_bytes=manifest.size,
+        written_bytes=manifest.size + traffic.written,
         byproducts=products.stored(),
     )
 

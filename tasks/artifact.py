@@ -1,6 +1,7 @@
-"""What a task returns: named tensors, one JSON record and, rarely, whole small files. No pickle."""
+"""What a task returns: named tensors, one JSON record and, rarely, whole files. No pickle."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,3 +19,6 @@ class Artifact:
 
     files: dict[str, bytes] = field(default_factory=dict)
     """Stored as they are: tokenizer files, config.json."""
+
+    large_files: dict[str, Path] = field(default_factory=dict)
+    """Stored as they are, from files on disk that the task wrote to its scratch folder; read back as `files`."""

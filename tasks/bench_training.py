@@ -5,7 +5,6 @@ Prints seconds a step and an epoch, the share of the GPU's peak that the product
 
 import argparse
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from prefixquant.tasks.losses import mse
 from prefixquant.tasks.model.block import Block, block_shapes
 from prefixquant.tasks.model.families import FAMILIES
 from prefixquant.tasks.model.quantizer import round_to_nearest
+from prefixquant.tasks.model.shapes import SHAPES, ModelShape
 from prefixquant.tasks.model.sites import OnlineTransforms
 from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.model.trainable import make_trainable
@@ -22,27 +22,10 @@ from prefixquant.tasks.parallel import ParameterGroup
 from prefixquant.tasks.steps import SingleRank
 from prefixquant.tasks.train_block import BlockLoss
 
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a decoder block."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-
-
-SHAPES = {
-    "smollm2-135m": Shape(576, 1536, 9, 3),
-    "llama-2-7b": Shape(4096, 11008, 32, 32),
-    "llama-3-8b": Shape(4096, 14336, 32, 8),
-    "llama-3-70b": Shape(8192, 28672, 64, 8),
-}
 PREFIX_TOKENS = 3
 
 
-def build(shape: Shape, device: torch.device) -> tuple[Block, tuple[Tensor, Tensor], list[ParameterGroup]]:
+def build(shape: ModelShape, device: torch.device) -> tuple[Block, tuple[Tensor, Tensor], list[ParameterGroup]]:
     """Return a trainable W4A4KV4 static block with random weights, a prefix for it, and its parameter groups."""
     config = LlamaConfig(
         hidden_size=shape.hidden,
@@ -77,7 +60,7 @@ def build(shape: Shape, device: torch.device) -> tuple[Block, tuple[Tensor, Tens
     return block, (keys[0], keys[1]), [ParameterGroup([each.parameter]) for each in trainables]
 
 
-def multiply_adds(shape: Shape, sequences: int, length: int) -> float:
+def multiply_adds(shape: ModelShape, sequences: int, length: int) -> float:
     """Return the operations of one step: 6 a weight and token, and causal attention's products three times."""
     head_dim = shape.hidden // shape.heads
     parameters = shape.hidden * (2 * (shape.heads + shape.kv_heads) * head_dim + 3 * shape.intermediate)

@@ -1,26 +1,26 @@
 """The folder a user loads: what is in it besides the stored blocks, and how a model is built from it again."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
 
 from prefixquant.tasks.errors import CheckpointError
 from prefixquant.tasks.load import CONFIG, LoadedModel
-from prefixquant.tasks.model.block import block_shapes, load_sites
-from prefixquant.tasks.model.cache import attach_prefix
+from prefixquant.tasks.model.block import block_shapes
 from prefixquant.tasks.model.checkpoint import INDEX_FILE, read_safetensors_header
 from prefixquant.tasks.model.families import find_family
-from prefixquant.tasks.model.modules import ATTENTION, SiteNorm, register_attention
-from prefixquant.tasks.model.saved import block_weights
-from prefixquant.tasks.model.sites import OnlineTransforms, install_sites, sites_of
+from prefixquant.tasks.model.saved import Sites, block_weights
+from prefixquant.tasks.model.sites import OnlineTransforms
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, QuantizeConfig, WeightSpec
+from prefixquant.tasks.model.whole import build_model
+from prefixquant.tasks.rotate import Ends
 
 DESCRIPTION = "prefixquant.json"
 PREFIX_FILE = "prefix.safetensors"
@@ -73,49 +73,44 @@ def is_exported(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file()
 
 
-def load_quantized(folder: str | Path, *, device: str | torch.device = "cpu") -> Any:
+def load_quantized(folder: str | Path, *, device: str | torch.device | Sequence[torch.device] = "cpu") -> Any:
     """Return the quantized model in an exported folder as a transformers model, fake-quantized, prefix attached.
 
     `model(input_ids)` puts the prefix in front by itself. To pass a cache of your own, as `generate` needs, take one
-    from `prefix_cache_for(model, batch_size)`.
+    from `prefix_cache_for(model, batch_size)`. Several devices share the blocks, see `build_model`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    folder, device = Path(folder), torch.device(device)
+    folder = Path(folder)
+    devices = [torch.device(device)] if isinstance(device, str | torch.device) else list(device)
     description = read_description(folder)
     config = read_config(folder)
     family = find_family(config.model_type)
     quantize = read_quantize_config(description["quantize"])
-    transforms = OnlineTransforms(**description["transforms"])
     dtype = getattr(torch, description["dtype"])
-    register_attention()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
-    blocks = model.get_submodule(family.blocks)
     shapes = block_shapes(config, 0)
-    for index, layer in enumerate(blocks):
-        stored = read_shard(folder / block_file(index))
-        try:
-            weights, sites = block_weights(stored, shapes, family, index, quantize.weights, dtype)
-        except KeyError as err:
-            raise CheckpointError(f"{folder / block_file(index)} holds no tensor {err}; run the recipe again") from err
-        layer.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
-        install_sites(layer, config, family, transforms=transforms, quantize=quantize)
-        load_sites(sites_of(layer, family), sites, device)
-    ends = read_shard(folder / ENDS_FILE)
-    for name in (family.embedding, family.head):
-        model.get_submodule(name).weight = nn.Parameter(ends[f"{name}.weight"].to(device), requires_grad=False)
-    gain = ends[f"{family.final_norm}.weight"].to(device)
-    model.set_submodule(family.final_norm, SiteNorm(gain, config.rms_norm_eps, None))
-    base = model.get_submodule(family.embedding.rsplit(".", 1)[0])
-    base.rotary_emb = type(base.rotary_emb)(config=config).to(device)
-    attentions = [layer.get_submodule(family.attention) for layer in blocks]
+
+    def blocks() -> Iterator[tuple[dict[str, Tensor], Sites]]:
+        for index in range(config.num_hidden_layers):
+            path = folder / block_file(index)
+            try:
+                yield block_weights(read_shard(path), shapes, family, index, quantize.weights, dtype)
+            except KeyError as err:
+                raise CheckpointError(f"{path} holds no tensor {err}; run the recipe again") from err
+
+    stored = read_shard(folder / ENDS_FILE)
     prefix = read_shard(folder / PREFIX_FILE) if description["prefix_token_ids"] else None
-    attach_prefix(
-        base, attentions, None if prefix is None else (prefix["keys"].to(device), prefix["values"].to(device))
+    return build_model(
+        config,
+        family,
+        blocks(),
+        Ends(*(stored[f"{name}.weight"] for name in (family.embedding, family.final_norm, family.head))),
+        None if prefix is None else (prefix["keys"], prefix["values"]),
+        quantize=quantize,
+        transforms=OnlineTransforms(**description["transforms"]),
+        devices=devices,
     )
-    return model.eval().requires_grad_(False)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -135,7 +130,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> PretrainedConfig:
     """Return the transformers config of an exported folder."""
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as err:
         reason = str(err).splitlines()[0]
         raise CheckpointError(f"{folder}: {CONFIG} cannot be read ({reason}); run the recipe again") from err

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class ParameterGroup:
     """Parameters that share a learning rate."""
 
-    parameters: list[nn.Parameter]
+    parameters: Sequence[Tensor]
     weight_decay: float = 0.0
 
 
@@ -51,6 +51,14 @@ class Ranks(Protocol):
     @property
     def size(self) -> int:
         """How many they are."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the modules that it steps may go through torch.compile."""
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts, each with a forward of its own, a rank's share of a batch is cut to save memory."""
 
     def stepper(
         self, module: nn.Module, groups: Sequence[ParameterGroup], *, gradient_clip: float | None, precision: str

@@ -18,6 +18,9 @@ from prefixquant.tasks.model.sites import head_size
 
 RotationKind = Literal["hadamard", "orthogonal"]
 
+R4_BLOCKS = (16, 64, 128, 256, 512)
+"""Powers of two whose matrix is Sylvester's, as engines build it; the table's matrix of order 32 is another one."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotateConfig:
@@ -35,12 +38,22 @@ class RotateConfig:
     r4: bool = True
     """Online Hadamard on down_proj's input, undone in its weight."""
 
+    r4_block: int | None = None
+    """R4 in blocks of so many channels, a power of two: the R4 that engines run. None: one over all channels."""
+
     seed: int = 0
     """Seed of the random signs and matrices."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"rotate.seed must not be negative, got {self.seed}")
+        if self.r4_block is not None:
+            if not self.r4:
+                raise ConfigError("rotate.r4_block is the size of R4, which is off; set rotate.r4=true or leave it out")
+            if self.r4_block not in R4_BLOCKS:
+                raise ConfigError(
+                    f"rotate.r4_block must be one of {', '.join(map(str, R4_BLOCKS))}, got {self.r4_block}"
+                )
 
 
 def check_rotations(config: PretrainedConfig, rotate: RotateConfig) -> None:
@@ -50,8 +63,14 @@ def check_rotations(config: PretrainedConfig, rotate: RotateConfig) -> None:
         "rotate.r1": (rotate.r1 == "hadamard", "hidden_size", config.hidden_size, "orthogonal"),
         "rotate.r2": (rotate.r2 == "hadamard", "head_dim", head_dim, "orthogonal"),
         "rotate.r3": (rotate.r3, "head_dim", head_dim, "false"),
-        "rotate.r4": (rotate.r4, "intermediate_size", config.intermediate_size, "false"),
+        "rotate.r4": (rotate.r4_block is None and rotate.r4, "intermediate_size", config.intermediate_size, "false"),
     }
+    if rotate.r4_block is not None and config.intermediate_size % rotate.r4_block:
+        fitting = [size for size in R4_BLOCKS if config.intermediate_size % size == 0]
+        raise ConfigError(
+            f"rotate.r4_block {rotate.r4_block} does not divide intermediate_size {config.intermediate_size}; "
+            f"use {' or '.join(map(str, fitting[-2:])) or 'rotate.r4=false'}"
+        )
     for key, (on, what, size, instead) in wanted.items():
         if on and not has_hadamard(size):
             raise UnsupportedModelError(
@@ -118,8 +137,9 @@ def rotate_block(
         NumericalError: a weight is NaN or infinite, or becomes so in `dtype`.
         UnsupportedModelError: a size has no known Hadamard matrix.
     """
-    check_finite(weights.items(), f"block {block}")
-    w = {name: tensor.to(device=device, dtype=torch.float64) for name, tensor in weights.items()}
+    # In two steps: at once, the host would convert, and four times the bytes travel.
+    w = {name: tensor.to(device).to(torch.float64) for name, tensor in weights.items()}
+    check_finite(w.items(), f"block {block}")
     for norm, consumers in ((family.norm1, family.norm1_consumers), (family.norm2, family.norm2_consumers)):
         gain = w[f"{norm}.weight"]
         for consumer in consumers:
@@ -145,20 +165,20 @@ def rotate_block(
         w[output] = r2.right(w[output].unflatten(1, (-1, head_dim))).flatten(1)
 
     if config.r4:
-        w[f"{family.down}.weight"] = hadamard_transform(w[f"{family.down}.weight"])
+        w[f"{family.down}.weight"] = hadamard_transform(w[f"{family.down}.weight"], config.r4_block)
     return {name: _cast(tensor, dtype, f"block {block}: {name}").contiguous() for name, tensor in w.items()}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """Return the tensor in `dtype`, on the CPU; NumericalError if a value lies beyond the type's range."""
-    cast = tensor.to(device="cpu", dtype=dtype)
+    cast = tensor.to(dtype)
     if not torch.isfinite(cast).all():
         name = str(dtype).removeprefix("torch.")
         raise NumericalError(
             f"{what} reaches {float(tensor.abs().max()):.3g} once folded, {name} ends at {torch.finfo(dtype).max:.3g}; "
             f"set model.dtype=bfloat16 or float32"
         )
-    return cast
+    return cast.cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +209,7 @@ def rotate_ends(
     def rotated(matrix: Tensor, scale: Tensor | None, what: str) -> Tensor:
         result = torch.empty(matrix.shape, dtype=dtype)
         for start in range(0, len(matrix), rows):
-            part = matrix[start : start + rows].to(device=device, dtype=torch.float64)
+            part = matrix[start : start + rows].to(device).to(torch.float64)
             part = part if scale is None else part * scale
             result[start : start + rows] = _cast(part if r1 is None else r1.right(part), dtype, what)
         return result

@@ -183,6 +183,7 @@ def train_block(
     loss: Callable[[Tensor, Tensor], Tensor],
     following: Sequence[Callable[[Tensor], Tensor]] = (),
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_divergence: Callable[[int, str], None] = lambda block, where: None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainResult:
     """Train a block in place and return how it went; it is left with the parameters of the best epoch.
@@ -202,10 +203,11 @@ def train_block(
         loss: distance between the output and a target.
         following: what the output passes, unchanged by training, before it meets the target.
         on_epoch: called after each epoch.
+        on_divergence: called with block and place when an attempt has diverged and another one begins.
         checkpoints: where the state goes after an epoch, and where an earlier worker left it.
 
     Raises:
-        ConfigError: `config.compile` is `always` and there are several ranks.
+        ConfigError: `config.compile` is `always` and the ranks' steppers do not go with it.
         NumericalError: the second attempt diverged as well; names block, epoch and step.
     """
     compiled = _compiles(config, ranks, train.inputs)
@@ -223,17 +225,18 @@ def train_block(
                     f"({run.progress.divergence}); lower train.scale_learning_rate and train.weight_learning_rate"
                 ) from None
             factor, divergence = 0.5, str(err)
+            on_divergence(block.index, divergence)
             with ranks.whole(run.module):
                 _write(trainables, start)
 
 
 def _compiles(config: TrainConfig, ranks: Ranks, inputs: Stream) -> bool:
     """Return whether the training steps go through torch.compile."""
-    if config.compile == "always" and ranks.size > 1:
-        raise ConfigError(f"train.compile=always goes with one rank a block, got {ranks.size}; set it to auto or never")
+    if config.compile == "always" and not ranks.compiles:
+        raise ConfigError("train.compile=always does not go with train.sharding=zero; set it to auto or never")
     if config.compile != "auto":
         return config.compile == "always"
-    return inputs.device.type == "cuda" and ranks.size == 1 and inputs.data.shape[-1] >= COMPILED_WIDTH
+    return inputs.device.type == "cuda" and ranks.compiles and inputs.data.shape[-1] >= COMPILED_WIDTH
 
 
 class _Training:
@@ -369,7 +372,9 @@ class _Training:
                 f"(largest at step {worst} of {self.steps})"
             )
         with self.ranks.whole(self.module):
-            lowest = {each.name: float(each.parameter.min()) for each in self.trained if each.name.endswith(POSITIVE)}
+            lowest = {
+                each.name: float(each.parameter.detach().min()) for each in self.trained if each.name.endswith(POSITIVE)
+            }
         for name, low in lowest.items():
             if low <= 0:
                 raise _Diverged(f"epoch {epoch}: {name} fell to {low:.4g}")
@@ -410,7 +415,8 @@ def mean_loss(module: BlockLoss, data: BlockData, config: TrainConfig, ranks: Ra
     device = data.inputs.device
     count, length = data.inputs.data.shape[:2]
     # Equal parts, as large as may be: on a small model the launches of a forward take longer than its arithmetic.
-    size = max(each for each in range(1, max(1, FORWARD_TOKENS // length) + 1) if count % each == 0)
+    most = max(1, FORWARD_TOKENS // ranks.parts // length)
+    size = max(each for each in range(1, most + 1) if count % each == 0)
     starts = range(0, count, size)
     total = torch.zeros((), dtype=torch.float64, device=device)
     with autocast(device, config.precision):

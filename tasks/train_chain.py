@@ -56,7 +56,8 @@ class Chain:
     def quantized(self, block: int, tensors: Mapping[str, Tensor]) -> Block:
         """Return a stored block as the runtime would run it."""
         shapes = block_shapes(self.config, block)
-        weights, sites = block_weights(tensors, shapes, self.family, block, self.quantize.weights, self.dtype)
+        spec = self.quantize.weights
+        weights, sites = block_weights(tensors, shapes, self.family, block, spec, self.dtype, self.device)
         built = self._build(block, weights, self.quantize)
         load_sites(built.sites, sites, self.device)
         return built
@@ -118,6 +119,7 @@ def train_chain(
     seed: int,
     gptq: GptqConfig | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_divergence: Callable[[int, str], None] = lambda block, where: None,
 ) -> list[dict[str, Any]]:
     """Train the blocks first..stop-1 one after the other and return their records.
 
@@ -138,6 +140,7 @@ def train_chain(
         gptq: whether training starts from the weights that GPTQ has rounded in the search, or its result is rounded by
             GPTQ; None: it starts from the original weights and rounds to nearest.
         on_epoch: called after every epoch of a block.
+        on_divergence: called with block and place when a block's training has diverged and begins anew.
 
     Raises:
         ConfigError: the ranks cannot share a batch equally.
@@ -145,7 +148,8 @@ def train_chain(
     """
     num_blocks = chain.config.num_hidden_layers
     windows = [rank_share(part, config.batch_size, ranks) for part in (train_NT, validation_NT) if part is not None]
-    streams = _Streams(torch.cat(windows), len(windows[0]), ends.embedding, config, chain.device)
+    forward_tokens = FORWARD_TOKENS // ranks.parts
+    streams = _Streams(torch.cat(windows), len(windows[0]), ends.embedding, config, chain.device, forward_tokens)
     records = []
     originals: dict[int, Callable[[Tensor], Tensor]] = {}  # the full-precision blocks at hand
     ahead = 0  # block that the full-precision stream enters next
@@ -172,7 +176,7 @@ def train_chain(
             if config.target != "fp_input":
                 streams.make_second_target([original, *(originals[each] for each in range(index + 1, last + 1))], index)
             done, record = _train_one(
-                chain, store, index, streams, config, ranks, seed, loss, following, on_epoch, gptq
+                chain, store, index, streams, config, ranks, seed, loss, following, on_epoch, on_divergence, gptq
             )
             if ranks.rank == 0:
                 store.publish(index, done, record)
@@ -200,6 +204,7 @@ def _train_one(
     loss: Callable[[Tensor, Tensor], Tensor],
     following: list[Callable[[Tensor], Tensor]],
     on_epoch: Callable[[Epoch], None],
+    on_divergence: Callable[[int, str], None],
     gptq: GptqConfig | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if chain.device.type == "cuda":
@@ -209,11 +214,12 @@ def _train_one(
     spec = chain.quantize.weights
     prefix = block_prefix(chain.prefix, index, chain.device)
     block = chain.quantized(index, searched)
-    start = saved_weights(searched, shapes, chain.family, index, spec)
+    start = saved_weights(searched, shapes, chain.family, index, spec, chain.device)
     originals = {role: weights[f"{role}.weight"] for role in chain.family.linears}
     if spec is not None and gptq is not None and gptq.training == "start":
         originals = {role: weight.dequantize(spec) for role, weight in start.items()}
     trainables = make_trainable(block, originals, start, spec)
+    del start  # its codes would lie on the device beside the training
     result = train_block(
         block,
         trainables,
@@ -226,6 +232,7 @@ def _train_one(
         loss=loss,
         following=following,
         on_epoch=on_epoch,
+        on_divergence=on_divergence,
         checkpoints=store.checkpoints(index),
     )
     record = result.record()
@@ -250,7 +257,13 @@ class _Streams:
     the quantized one; training sequences first, then the validation ones."""
 
     def __init__(
-        self, windows_NT: Tensor, num_train: int, embedding: Tensor, config: TrainConfig, device: torch.device
+        self,
+        windows_NT: Tensor,
+        num_train: int,
+        embedding: Tensor,
+        config: TrainConfig,
+        device: torch.device,
+        forward_tokens: int,
     ) -> None:
         self.num_train, self.target = num_train, config.target
         shape = (*windows_NT.shape, embedding.shape[1])
@@ -258,7 +271,7 @@ class _Streams:
         total = count * torch.Size(shape).numel() * embedding.element_size()
         place = choose_place(total, device, offload_to_disk=config.offload_to_disk)
         self._streams = [Stream.empty(shape, embedding.dtype, place, device) for _ in range(count)]
-        self.batch = max(1, FORWARD_TOKENS // windows_NT.shape[1])
+        self.batch = max(1, forward_tokens // windows_NT.shape[1])
         full = self._streams[0].data
         for start in range(0, len(windows_NT), self.batch):
             full[start : start + self.batch] = embedding[windows_NT[start : start + self.batch]].to(full.device)

@@ -68,6 +68,11 @@ class TrainConfig:
     polish: bool = False
     """With segments: train once more in one run over all blocks, starting from what the segments found."""
 
+    sharding: Literal["rows", "zero"] = field(default="zero", metadata={"in_key": False})
+    """How several ranks divide a block. zero: DeepSpeed ZeRO of a stage chosen by the block's size. rows: each owns
+    rows of every weight, and quantized rows travel; tested on CPUs, not yet seen to finish on GPUs. It changes speed
+    and memory alone."""
+
     offload_to_disk: bool = field(default=False, metadata={"in_key": False})
     """Keep the streams on local disk instead of in host memory."""
 
@@ -75,7 +80,7 @@ class TrainConfig:
     """Seconds after which the state of an unfinished block is stored at the end of an epoch."""
 
     compile: Literal["auto", "always", "never"] = field(default="auto", metadata={"in_key": False})
-    """Whether steps go through torch.compile, on one process a block. Auto: on a GPU, for blocks wide enough to repay
+    """Whether steps go through torch.compile; not with sharding=zero. Auto: on a GPU, for blocks wide enough to repay
     the minute that it takes once. Like the kind of device, it changes how values in between are rounded."""
 
     def __post_init__(self) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from prefixquant.cluster.ray_session import RaySession, connect
 
+# As `connect` does, but before a test imports Ray: every socket of it on loopback.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # A job that a shell starts in the background ignores SIGINT and hands that down; the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -16,14 +16,15 @@ from prefixquant.pipeline.recipe import Recipe, parse_recipe
 from prefixquant.tasks.load import LoadedModel
 from prefixquant.tasks.model.block import Block, block_prefix, block_shapes, load_sites
 from prefixquant.tasks.model.saved import block_weights
-from prefixquant.tasks.model.sites import OnlineTransforms
 
 
 class Exported:
-    """A run's folder, and the same run's artifacts."""
+    """A run's folder, and the same run's artifacts. Settings are groups of a recipe, the model's dtype as
+    `model.dtype`, and values of the tiny model's config as `config.NAME`."""
 
     def __init__(self, folder: Path, variant: str, settings: dict[str, Any]) -> None:
-        model = tiny.tiny_variant(variant)
+        config = {name.removeprefix("config."): value for name, value in settings.items() if name.startswith("config.")}
+        model = tiny.tiny_variant(variant, **config)
         model.save_pretrained(folder / "model")
         tiny.tiny_tokenizer().save_pretrained(folder / "model")
         groups = {key: value for key, value in settings.items() if "." not in key}
@@ -45,7 +46,7 @@ class Exported:
         stored = load_artifact(self.store, self.graph.key("prefix")).tensors
         prefix = (stored["keys"], stored["values"]) if stored else None
         hidden = embedding[ids_NT]
-        transforms = OnlineTransforms(r3=self.recipe.rotate.r3, r4=self.recipe.rotate.r4)
+        transforms = self.recipe.transforms
         for index in range(self.model.num_blocks):
             tensors = load_artifact(self.store, self.graph.key(f"block[{index}]")).tensors
             shapes = block_shapes(config, index)

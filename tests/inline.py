@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefixquant.cluster.store import ArtifactStore
-from prefixquant.pipeline.access import Byproduct
-from prefixquant.pipeline.artifacts import load_artifact
-from prefixquant.pipeline.build import Source, build_graph, load_node
 from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.inline import InlineRuns
 from prefixquant.pipeline.recipe import Recipe, parse_recipe
-from prefixquant.pipeline.source import source_fingerprint
-from prefixquant.pipeline.worker import NodeCall, NodeResult, run_node
+from prefixquant.pipeline.worker import NodeResult
 from prefixquant.tasks.load import LoadedModel
 
 TEXT = "\n\n".join(f"Paragraph {number}: the {number * 7919 % 997} quick foxes, and so on." for number in range(60))
@@ -32,32 +31,7 @@ def small_recipe(folder: Path, model: Path, **groups: Any) -> dict[str, Any]:
 
 
 def run_inline(data: dict[str, Any] | Recipe, store: ArtifactStore) -> tuple[Graph, LoadedModel, dict[str, NodeResult]]:
-    """Run every node of a recipe's graph and return graph, model and what each node cost."""
-    recipe = data if isinstance(data, Recipe) else parse_recipe(data)
-    path = Path(recipe.model.source)
-    source = Source(path=path, fingerprint=source_fingerprint(path))
-    results: dict[str, NodeResult] = {}
-    _run(Graph([load_node(source)]), store, results)
-    model = LoadedModel.from_artifact(load_artifact(store, Graph([load_node(source)]).key("load")))
-    graph = build_graph(recipe, source, model)
-    _run(graph, store, results)
-    return graph, model, results
-
-
-def _run(graph: Graph, store: ArtifactStore, results: dict[str, NodeResult]) -> None:
-    for name in graph.order:
-        node = graph.nodes[name]
-        if node.task.run is None or (store.has(graph.key(name)) and not graph.is_forced(name, store.keys())):
-            continue
-        results[name] = run_node(
-            NodeCall(
-                store_url=store.url,
-                node=name,
-                task=node.task,
-                config=node.config,
-                key=graph.key(name),
-                input_keys=graph.input_keys(name),
-                byproducts={label: Byproduct(key=graph.key(each), meta={}) for label, each in node.byproducts.items()},
-                cpus=1,
-            )
-        )
+    """Run every node of a recipe's graph on the CPU and return graph, model and what each node cost."""
+    runs = InlineRuns(store, torch.device("cpu"))
+    graph, model = runs.open(data if isinstance(data, Recipe) else parse_recipe(data))
+    return graph, model, runs.run(graph, graph.nodes)

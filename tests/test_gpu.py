@@ -7,7 +7,11 @@ from inline import run_inline, small_recipe
 
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.kernels.hadamard import hadamard_transform
+from prefixquant.pipeline.access import LazyInputs
+from prefixquant.pipeline.artifacts import encode
 from prefixquant.pipeline.materialize import materialize
+from prefixquant.pipeline.stages import run_calibrate
+from prefixquant.pipeline.worker import TaskContext
 from prefixquant.tasks.calibrate import CalibrateConfig, calibrate_blocks
 from prefixquant.tasks.evaluate import perplexity
 from prefixquant.tasks.export import load_quantized
@@ -18,6 +22,7 @@ from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.quantize_block import quantize_block
 from prefixquant.tasks.rotate import RotateConfig, rotate_block
 from prefixquant.tasks.search import SearchConfig
+from prefixquant.tasks.streams import Stream, advance, batches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,3 +97,48 @@ def test_loaded_model_on_gpu_equals_cpu(tmp_path):
     on_cpu = load_quantized(tmp_path / "out")(input_ids=ids).logits
     # a value on a rounding boundary may move one code; a wrong device or scale would be far off
     assert (on_gpu - on_cpu).norm() / on_cpu.norm() < 0.05
+
+
+def test_a_stream_in_host_memory_is_pinned_to_its_size_and_feeds_the_gpu():
+    data = torch.randn(5, 100, 48, generator=torch.Generator().manual_seed(0))
+    before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    stream = Stream.empty(data.shape, data.dtype, "host", CUDA)
+    assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) == before  # not from torch's own allocator
+    stream.data.copy_(data)
+    assert stream.data.is_pinned()
+    assert stream.data[2:].is_pinned()
+    advance(lambda part: part * 2, stream, stream, 2, "here")
+    torch.testing.assert_close(stream.data, data * 2)
+    (part,) = next(iter(batches([stream], [1], 3)))
+    torch.testing.assert_close(part.cpu(), data[1:4] * 2)
+
+
+def test_what_outgrows_the_gpu_fits_in_two_parts_and_gives_the_same(tmp_path):
+    tiny.write_tiny_model(tmp_path / "model", blocks=1, hidden_size=512, intermediate_size=4096)
+    store = ArtifactStore(str(tmp_path / "store"))
+    windows = {"sequences": 64, "length": 128}  # the 8192 tokens of one forward
+    recipe = small_recipe(tmp_path, tmp_path / "model")
+    recipe["data"]["statistics"] = windows
+    graph, _, _ = run_inline(recipe | {"search": None}, store)
+    node, keys = graph.nodes["calibrate"], graph.input_keys("calibrate")
+
+    def calibrate(parts: int) -> dict[str, bytes]:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        context = TaskContext(config=node.config, inputs=LazyInputs(store, keys), device=CUDA, parts=parts)
+        return encode(run_calibrate(context).artifact)
+
+    wanted = calibrate(1)
+    whole = torch.cuda.max_memory_reserved()
+    calibrate(2)
+    halves = torch.cuda.max_memory_reserved()
+    assert halves < 0.8 * whole
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.set_per_process_memory_fraction((whole + halves) / 2 / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            calibrate(1)
+        found = calibrate(2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found == wanted  # extremes, which do not depend on how many sequences pass at once

@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -17,6 +15,7 @@ from prefixquant.tasks.model.block import Block, Prefix
 from prefixquant.tasks.model.families import FAMILIES, ModelFamily
 from prefixquant.tasks.model.sites import OnlineTransforms, head_size
 from prefixquant.tasks.model.spec import QuantizeConfig
+from prefixquant.tasks.random_checkpoint import byte_tokenizer
 from prefixquant.tasks.rotate import Ends, RotateConfig, rotate_block, rotate_ends
 
 CPU = torch.device("cpu")
@@ -77,23 +76,15 @@ def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def tiny_variant(name: str, *, blocks: int = 2, seed: int = 0) -> PreTrainedModel:
-    """Return the model of one of `VARIANTS`."""
+def tiny_variant(name: str, *, blocks: int = 2, seed: int = 0, **more: object) -> PreTrainedModel:
+    """Return the model of one of `VARIANTS`; `more` goes into its config."""
     model_type, settings = VARIANTS[name]
-    return tiny_model(tiny_config(model_type, blocks=blocks, **settings), seed)
+    return tiny_model(tiny_config(model_type, blocks=blocks, **settings, **more), seed)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of bytes (id 2 and on) that puts BOS in front, as Llama's does."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": BOS, "</s>": EOS} | {letter: index for index, letter in enumerate(alphabet, start=2)}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return byte_tokenizer()
 
 
 def write_tiny_model(
@@ -148,7 +139,7 @@ def build_blocks(
             weights = rotate_block(
                 weights, family, head_size(model.config), index, rotate, dtype=torch.float32, device=CPU
             )
-        transforms = OnlineTransforms(r3=online.r3, r4=online.r4)
+        transforms = OnlineTransforms(r3=online.r3, r4=online.r4, r4_block=online.r4_block)
         blocks.append(Block(model.config, family, index, weights, transforms=transforms, quantize=quantize, device=CPU))
     return blocks
 

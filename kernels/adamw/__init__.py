@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from prefixquant.kernels.dispatch import uses_triton
 from prefixquant.kernels.errors import KernelInputError
 
 from .reference import adamw_reference, total_norm_reference
@@ -53,7 +52,7 @@ def adamw_step(
     # expm1 keeps what 1 - beta^t loses in float32 while beta^t is near 1
     corrections = -torch.expm1(step * math.log(betas[0])), -torch.expm1(step * math.log(betas[1]))
     update = adamw_reference
-    if _uses_triton(step):
+    if uses_triton(step):
         from .kernel import adamw_triton as update
     with _on_device(step):
         for parameter, gradient, first, second, rate, decay in zip(
@@ -75,7 +74,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors or any(each.dtype not in (torch.float32, torch.bfloat16) for each in tensors):
         kinds = ", ".join(sorted({str(each.dtype) for each in tensors})) or "no tensor"
         raise KernelInputError(f"total_norm needs float32 or bfloat16 tensors, got {kinds}")
-    if _uses_triton(tensors[0]):
+    if uses_triton(tensors[0]):
         from .kernel import total_norm_triton
 
         with _on_device(tensors[0]):
@@ -115,12 +114,3 @@ def _check(
 def _on_device(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which Triton launches on the tensor's device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _uses_triton(x: Tensor) -> bool:
-    return x.is_cuda and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -1,14 +1,13 @@
 """Quantize and dequantize in one go, differentiable by straight-through estimation."""
 
 import math
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prefixquant.kernels.dispatch import uses_triton
 from prefixquant.kernels.errors import KernelInputError
 
 from .reference import backward_reference, forward_reference
@@ -213,9 +212,4 @@ def _folded(grad: Tensor | None, x: Tensor, scale: Tensor) -> Tensor | None:
 
 
 def _uses_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return uses_triton(x) and x.dtype != torch.float64 and x.numel() > 0

@@ -11,12 +11,14 @@ from torch import Tensor
 @triton.jit
 def _dot(a, b, acc, INTEGER: tl.constexpr, BK: tl.constexpr):
     if INTEGER:
-        return tl.dot(a, b, acc, out_dtype=tl.int32)
-    # Hopper's fp8 tensor cores add with 14 significant bits until the sum moves to float32 registers. 128 products of
-    # 4-bit codes sum to at most 2^13, so moving it that often keeps the sum exact. (Not at all would take Triton off
-    # the fp8 tensor cores.)
-    tl.static_assert(BK <= 128)
-    return tl.dot(a, b, acc, max_num_imprecise_acc=BK)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    else:
+        # Hopper's fp8 tensor cores add with 14 significant bits until the sum moves to float32 registers. 128 products
+        # of 4-bit codes sum to at most 2^13, so moving it that often keeps the sum exact. (Not at all would take Triton
+        # off the fp8 tensor cores.)
+        tl.static_assert(BK <= 128)
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=BK)
+    return acc
 
 
 @triton.jit

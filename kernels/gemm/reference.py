@@ -7,7 +7,13 @@ from prefixquant.kernels.int4 import unpack_int4
 
 
 def linear_reference(
-    x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return what `quantized_linear` does; the product of codes is exact."""
     codes = unpack_int4(weight) if weight.dtype == torch.uint8 else weight
@@ -17,4 +23,11 @@ def linear_reference(
         largest = 2**7 if x.dtype == torch.int8 else 2**3  # magnitudes of x; those of the weight are at most 2^7
         exact = torch.float32 if largest * 2**7 * x.shape[-1] <= 2**24 else torch.float64
         y = (x.to(exact) @ codes.to(exact).T).float() * x_scale * weight_scale  # in the order of the kernel
-    return (y if bias is None else y + bias.float()).to(dtype)
+    y = (y if bias is None else y + bias.float()).to(dtype)
+    return y if added is None else (y.float() + added.float()).to(dtype)
+
+
+def add_channels_reference(added: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """Return what `add_channels` does."""
+    scaled = (y.float() * scale).to(y.dtype)
+    return (added.float() + scaled.float()).to(y.dtype)

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from prefixquant.kernels.dispatch import call, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.quantize.reference import STORAGE
 
 from .reference import hadamard_factors, hadamard_quantize_reference
-from .training import hadamard_fake_quantize, hadamard_transform, has_triton
+from .training import hadamard_fake_quantize, hadamard_transform
 
 __all__ = ["hadamard_factors", "hadamard_fake_quantize", "hadamard_quantize", "hadamard_transform", "has_hadamard"]
 
@@ -27,6 +28,7 @@ def hadamard_quantize(
     scale: Tensor | None = None,
     *,
     clip_ratio: Tensor | None = None,
+    channel_scale: Tensor | None = None,
     bits: int = 4,
     layout: str = "int8",
 ) -> tuple[Tensor, Tensor]:
@@ -35,24 +37,32 @@ def hadamard_quantize(
     Every step is rounded to x's type as it would be on its own; codes and scale are those of `kernels.quantize`.
 
     Args:
-        x: [..., n] contiguous, float32, bfloat16 or float16.
+        x: [..., n], last axis contiguous, float32, bfloat16 or float16.
         up: of x's shape and type; x then is the gate of a SwiGLU (arXiv:2002.05202, equation 6).
         scale: float32 scalar; None: a scale a token.
         clip_ratio: float32 scalar, only without `scale`.
+        channel_scale: float32 [n], or [2 n] with `up`: what x, then up, is multiplied by first
+            (`kernels.gemm.quantized_products` leaves it to do).
         bits: 4 or 8.
         layout: `int8`, or for 4 bits `fp8` (float8_e4m3fn).
 
     Raises:
         KernelInputError: types, shapes, devices or the layout do not fit, or n has no known Hadamard matrix.
     """
-    _check(x, up, scale, clip_ratio, bits, layout)
-    codes, scales = _hadamard_quantize(x, up, scale, clip_ratio, bits, layout)
+    _check(x, up, scale, clip_ratio, channel_scale, bits, layout)
+    codes, scales = call(_hadamard_quantize, x, up, scale, clip_ratio, channel_scale, bits, layout)
     return codes, scales if scale is None else scale
 
 
 @torch.library.custom_op("prefixquant::hadamard_quantize", mutates_args=())
 def _hadamard_quantize(
-    x: Tensor, up: Tensor | None, scale: Tensor | None, clip_ratio: Tensor | None, bits: int, layout: str
+    x: Tensor,
+    up: Tensor | None,
+    scale: Tensor | None,
+    clip_ratio: Tensor | None,
+    channel_scale: Tensor | None,
+    bits: int,
+    layout: str,
 ) -> tuple[Tensor, Tensor]:
     """Return codes, and the scales of tokens; none of these with a static scale."""
     hadamard_factors(x.shape[-1])  # here, where torch.compile does not look for the table of matrices
@@ -61,47 +71,70 @@ def _hadamard_quantize(
     if _fits_kernel(x):
         from .kernel import hadamard_triton
 
-        rows = x.view(-1, x.shape[-1])
+        n = x.shape[-1]
+        rows, more = x.reshape(-1, n), None if up is None else up.reshape(-1, n)
         with torch.cuda.device(x.device):  # Triton launches on the current device
             codes, found = hadamard_triton(
-                rows, None if up is None else up.view(rows.shape), scale, clip_ratio, bits=bits, codes=STORAGE[layout]
+                rows, more, scale, clip_ratio, channel_scale, bits=bits, codes=STORAGE[layout]
             )
         assert found is not None
         codes, scales = codes.view(x.shape), found
     else:
-        codes, scales = hadamard_quantize_reference(x, up, scale, clip_ratio, bits, layout)
+        codes, scales = hadamard_quantize_reference(x, up, scale, clip_ratio, channel_scale, bits, layout)
     return codes, scales.view(*x.shape[:-1], 1) if scale is None else scales.new_empty(0)
 
 
 @_hadamard_quantize.register_fake
 def _(
-    x: Tensor, up: Tensor | None, scale: Tensor | None, clip_ratio: Tensor | None, bits: int, layout: str
+    x: Tensor,
+    up: Tensor | None,
+    scale: Tensor | None,
+    clip_ratio: Tensor | None,
+    channel_scale: Tensor | None,
+    bits: int,
+    layout: str,
 ) -> tuple[Tensor, Tensor]:
-    codes = torch.empty_like(x, dtype=STORAGE[layout])
+    codes = x.new_empty(x.shape, dtype=STORAGE[layout])
     return codes, x.new_empty((*x.shape[:-1], 1) if scale is None else (0,), dtype=torch.float32)
 
 
 def _fits_kernel(x: Tensor) -> bool:
-    if not (x.is_cuda and has_triton()):
+    if not uses_triton(x):
         return False
     from .kernel import fits
 
-    return fits(x.shape[-1])
+    return fits(x.shape[-1], x.dtype)
 
 
 def _check(
-    x: Tensor, up: Tensor | None, scale: Tensor | None, clip_ratio: Tensor | None, bits: int, layout: str
+    x: Tensor,
+    up: Tensor | None,
+    scale: Tensor | None,
+    clip_ratio: Tensor | None,
+    channel_scale: Tensor | None,
+    bits: int,
+    layout: str,
 ) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not x.is_contiguous() or x.ndim < 2:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.ndim < 2 or x.stride(-1) != 1:
         raise KernelInputError(
-            f"hadamard_quantize needs contiguous [..., n] in float32, bfloat16 or float16, got {tuple(x.shape)} "
-            f"{x.dtype} with strides {x.stride()}"
+            f"hadamard_quantize needs [..., n] in float32, bfloat16 or float16, the last axis contiguous, got "
+            f"{tuple(x.shape)} {x.dtype} with strides {x.stride()}"
         )
-    if up is not None and (
-        up.shape != x.shape or up.dtype != x.dtype or up.device != x.device or not up.is_contiguous()
+    if up is not None and (up.shape != x.shape or up.dtype != x.dtype or up.device != x.device or up.stride(-1) != 1):
+        raise KernelInputError(
+            f"up must be like x, {tuple(x.shape)} {x.dtype}, the last axis contiguous, got {tuple(up.shape)} "
+            f"{up.dtype} with strides {up.stride()}"
+        )
+    channels = x.shape[-1] * (1 if up is None else 2)
+    if channel_scale is not None and (
+        channel_scale.shape != (channels,)
+        or channel_scale.dtype != torch.float32
+        or channel_scale.device != x.device
+        or not channel_scale.is_contiguous()
     ):
         raise KernelInputError(
-            f"up must be contiguous and like x, {tuple(x.shape)} {x.dtype}, got {tuple(up.shape)} {up.dtype}"
+            f"channel_scale must be float32 [{channels}] on {x.device}, got {tuple(channel_scale.shape)} "
+            f"{channel_scale.dtype} on {channel_scale.device}"
         )
     if layout not in ("int8", "fp8") or bits not in (4, 8) or (bits == 8 and layout == "fp8"):
         raise KernelInputError(f"hadamard_quantize takes int8 of 4 or 8 bits or fp8 of 4, got {bits} as {layout!r}")

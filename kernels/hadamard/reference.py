@@ -93,7 +93,12 @@ def hadamard_matrix(
 
 
 def hadamard_transform_reference(x: Tensor, *, transposed: bool = False) -> Tensor:
-    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size, or x @ H^T; same shape and dtype."""
+    """Return x @ H for the orthonormal Hadamard matrix H of the last axis' size, or x @ H^T; same shape and dtype.
+
+    On a CPU float32 is transformed in float64 and rounded once, so that other implementations give the same bits.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return hadamard_transform_reference(x.double(), transposed=transposed).float()
     shape = x.shape
     *first, last = hadamard_axes(shape[-1])
     matrix = hadamard_matrix(last, x.dtype, x.device)
@@ -109,8 +114,18 @@ def hadamard_transform_reference(x: Tensor, *, transposed: bool = False) -> Tens
 
 
 def hadamard_quantize_reference(
-    x: Tensor, up: Tensor | None, scale: Tensor | None, clip_ratio: Tensor | None, bits: int, layout: str
+    x: Tensor,
+    up: Tensor | None,
+    scale: Tensor | None,
+    clip_ratio: Tensor | None,
+    channel_scale: Tensor | None,
+    bits: int,
+    layout: str,
 ) -> tuple[Tensor, Tensor]:
     """Return codes and scale as `hadamard_quantize` does."""
+    if channel_scale is not None:
+        n = x.shape[-1]
+        x = (x.float() * channel_scale[:n]).to(x.dtype)
+        up = None if up is None else (up.float() * channel_scale[n:]).to(up.dtype)
     transformed = hadamard_transform_reference(x if up is None else F.silu(x) * up)
     return quantize_reference(transformed, scale, clip_ratio, None, 0.0, bits, layout)

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixquant.kernels.fake_quantize.kernel import row_codes
-from prefixquant.kernels.hadamard.kernel import fits, padded
-from prefixquant.kernels.hadamard.reference import hadamard_axes, hadamard_matrix
+from prefixquant.kernels.hadamard.kernel import fits, kernel_axes, padded
+from prefixquant.kernels.hadamard.reference import hadamard_matrix
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _transform(b_x, first, last, o_a, o_b, A: tl.constexpr, B: tl.constexpr):
     b_h = tl.load(last + o_b[:, None] * B + o_b[None, :], mask=m_last, other=0.0)
     b_y = tl.dot(b_x, b_h, input_precision="ieee").to(b_x.dtype)
     m_first = (o_a < A)[:, None] & (o_a < A)[None, :]
-    b_h = tl.load(first + o_a[None, :] * A + o_a[:, None], mask=m_first, other=0.0)  # element [i, j] at row j
+    b_h = tl.load(first + o_a[:, None] * A + o_a[None, :], mask=m_first, other=0.0)
     return tl.dot(b_h, b_y, input_precision="ieee").to(b_x.dtype)
 
 
@@ -108,7 +108,7 @@ def _hadamard_backward_kernel(
 def takes(x: Tensor) -> bool:
     """Return whether the kernels take rows of this size and type: two axes in 16 bits, a tile a program."""
     n = x.shape[-1]
-    return x.dtype in (torch.bfloat16, torch.float16) and len(hadamard_axes(n)) == 2 and fits(n)
+    return x.dtype in (torch.bfloat16, torch.float16) and len(kernel_axes(n)) == 2 and fits(n, x.dtype)
 
 
 def forward_triton(
@@ -147,9 +147,12 @@ def backward_triton(
 
 
 def _launch(x_RN: Tensor, *, transposed: bool) -> tuple[list[Tensor], dict[str, int]]:
-    """Return the matrices of both axes, and the sizes of a launch."""
-    axes = hadamard_axes(x_RN.shape[1])
+    """Return the matrices of both axes, the first one as the left operand, and the sizes of a launch."""
+    axes = kernel_axes(x_RN.shape[1])
     block_a, block_b = padded(x_RN.shape[1])
     sizes = {"A": math.prod(axes[0]), "B": math.prod(axes[1]), "BA": block_a, "BB": block_b}
-    matrices = [hadamard_matrix(axis, x_RN.dtype, x_RN.device, transposed=transposed) for axis in axes]
+    matrices = [
+        hadamard_matrix(axis, x_RN.dtype, x_RN.device, transposed=turned)
+        for axis, turned in zip(axes, (not transposed, transposed), strict=True)
+    ]
     return matrices, sizes | {"num_warps": 8 if block_a * block_b >= 8192 else 4}

@@ -1,7 +1,5 @@
 """The Hadamard transform and what stands around it in training, differentiable."""
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,24 +7,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prefixquant.kernels.dispatch import uses_triton
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.fake_quantize import fake_quantize, fake_quantize_gradients
 
 from .reference import hadamard_transform_reference
 
 
-def hadamard_transform(x: Tensor) -> Tensor:
-    """Return x @ H, H the orthonormal Hadamard matrix of the last axis' size; under autocast in its type, as a product.
+def hadamard_transform(x: Tensor, block: int | None = None) -> Tensor:
+    """Return x @ H, H the orthonormal Hadamard matrix of the last axis' size, or block-diagonal in such matrices; under
+    autocast in its type, as a product.
 
     Args:
         x: [..., n] floating point, n with a known order (`hadamard_factors`).
+        block: size of a block of H, a divisor of n with a known order; None: one block of n.
 
     Raises:
-        KernelInputError: x is not floating point, or n has no known Hadamard matrix.
+        KernelInputError: x is not floating point, or block does not divide n, or its size has no known matrix.
     """
     if not x.is_floating_point():
         raise KernelInputError(f"hadamard_transform needs a floating-point tensor, got {x.dtype}")
-    return _hadamard_transform(_as_product_reads(x), False)
+    x = _as_product_reads(x)
+    if block is None:
+        return _hadamard_transform(x, False)
+    if x.shape[-1] % block:
+        raise KernelInputError(f"hadamard_transform: blocks of {block} do not divide the {x.shape[-1]} channels")
+    return _hadamard_transform(x.unflatten(-1, (-1, block)), False).flatten(-2)
 
 
 @torch.library.custom_op("prefixquant::hadamard_transform", mutates_args=())
@@ -160,14 +166,8 @@ _hadamard_fake_quantize.register_autograd(_quantize_back, setup_context=_remembe
 
 
 def _takes_training_kernel(x: Tensor) -> bool:
-    if not (x.is_cuda and x.numel() and has_triton()):
+    if not (uses_triton(x) and x.numel()):
         return False
     from .train_kernel import takes
 
     return takes(x)
-
-
-@cache
-def has_triton() -> bool:
-    """Return whether Triton can be imported."""
-    return find_spec("triton") is not None

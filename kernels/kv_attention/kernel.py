@@ -12,70 +12,179 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixquant.kernels.hadamard.reference import hadamard_axes, hadamard_matrix
+from prefixquant.kernels.overlap import launch_flags, wait_for_inputs
+from prefixquant.kernels.rounding import codes_of
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+SPLIT_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+"""Without fusion, which would leave the rotary embedding's products unrounded before they are added."""
 
 
 @triton.jit
-def _code(x, scale):
-    x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -8.0), 7.0)  # whole bounds: clamping first is the same
-    return ((x + 12582912.0) - 12582912.0).to(tl.int32) & 15  # to the nearest, halves to even
+def _halves(packed, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Return the codes in the low and in the high nibbles of bytes, as values of a type.
+
+    In 16 bits, nibble ^ 8 set into the last bits of 128 (bfloat16) or 1024 (float16) is that number + 8 + code: two
+    codes take an instruction to place and one to subtract, where conversions would take more time than the products.
+    """
+    if ASM and dtype == tl.bfloat16:
+        lo, hi = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d, u, v;
+            mov.b32 u, 0x3F803F80;
+            mov.b32 v, 0xC308C308;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shr.u32 c, a, 4;
+            shr.u32 d, b, 4;
+            lop3.b32 a, a, 0x000F000F, 0x43084308, 0x6A;
+            lop3.b32 b, b, 0x000F000F, 0x43084308, 0x6A;
+            lop3.b32 c, c, 0x000F000F, 0x43084308, 0x6A;
+            lop3.b32 d, d, 0x000F000F, 0x43084308, 0x6A;
+            fma.rn.bf16x2 $0, a, u, v;
+            fma.rn.bf16x2 $1, b, u, v;
+            fma.rn.bf16x2 $2, c, u, v;
+            fma.rn.bf16x2 $3, d, u, v;
+            }""",
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    elif ASM and dtype == tl.float16:
+        lo, hi = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d, u, v;
+            mov.b32 u, 0x3C003C00;
+            mov.b32 v, 0xE408E408;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shr.u32 c, a, 4;
+            shr.u32 d, b, 4;
+            lop3.b32 a, a, 0x000F000F, 0x64086408, 0x6A;
+            lop3.b32 b, b, 0x000F000F, 0x64086408, 0x6A;
+            lop3.b32 c, c, 0x000F000F, 0x64086408, 0x6A;
+            lop3.b32 d, d, 0x000F000F, 0x64086408, 0x6A;
+            fma.rn.f16x2 $0, a, u, v;
+            fma.rn.f16x2 $1, b, u, v;
+            fma.rn.f16x2 $2, c, u, v;
+            fma.rn.f16x2 $3, d, u, v;
+            }""",
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        signed = packed.to(tl.int8, bitcast=True)
+        lo, hi = ((signed << 4) >> 4).to(dtype), (signed >> 4).to(dtype)
+    return lo, hi
 
 
 @triton.jit
-def rotate_kernel(
+def split_kernel(
     x,
+    channel_scale,
+    query_gain,
+    key_gain,
     cos,
     sin,
     matrix,
-    scale,
+    key_scale,
+    value_scale,
     place,
-    y,
+    query,
+    keys,
+    values,
     T,
-    H,
     S,
-    s_xb,
-    s_xh,
-    s_xt,
+    eps,
     s_cb,
     s_ct,
-    ROPE: tl.constexpr,
+    HQ: tl.constexpr,
+    H: tl.constexpr,
+    SCALED: tl.constexpr,
+    NORM: tl.constexpr,
     HADAMARD: tl.constexpr,
-    PACK: tl.constexpr,
+    OVERLAP: tl.constexpr,
     C: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Rotate BT tokens of one head; PACK: write codes at `place` and after, else values [B, H, T, C]."""
+    """Take BT tokens of one head of x [B, T, (HQ + 2 H) C]: a query's, a key's or a value's, in this order."""
     HALF: tl.constexpr = C // 2
-    i_t, i_bh = tl.program_id(0), tl.program_id(1)
-    i_b, i_h = (i_bh // H).to(tl.int64), i_bh % H
+    wait_for_inputs(OVERLAP)
+    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
     o_c = tl.arange(0, HALF)
-    m = (o_t < T)[:, None] & (o_c < HALF)[None, :]
-    p_x = x + i_b * s_xb + i_h * s_xh + o_t[:, None] * s_xt + o_c[None, :]
+    m_t = o_t < T
+    m = m_t[:, None] & (o_c < HALF)[None, :]
+    dtype = x.dtype.element_ty
+    p_x = x + (i_b * T + o_t[:, None]) * ((HQ + 2 * H) * C) + i_h * C + o_c[None, :]
     b_lo, b_hi = tl.load(p_x, mask=m, other=0.0), tl.load(p_x + HALF, mask=m, other=0.0)
-    if ROPE:
+    if SCALED:
+        p_s = channel_scale + i_h * C + o_c
+        b_lo = (b_lo.to(tl.float32) * tl.load(p_s)[None, :]).to(dtype)
+        b_hi = (b_hi.to(tl.float32) * tl.load(p_s + HALF)[None, :]).to(dtype)
+    if i_h < HQ + H:  # a query or a key
+        if NORM:
+            lo, hi = b_lo.to(tl.float32), b_hi.to(tl.float32)
+            rms = tl.rsqrt((tl.sum(lo * lo, axis=1) + tl.sum(hi * hi, axis=1)) / C + eps)[:, None]
+            gain = tl.where(i_h < HQ, query_gain, key_gain) + o_c
+            b_lo = (lo * rms * tl.load(gain).to(tl.float32)[None, :]).to(dtype)
+            b_hi = (hi * rms * tl.load(gain + HALF).to(tl.float32)[None, :]).to(dtype)
         o_r = i_b * s_cb + o_t[:, None] * s_ct + o_c[None, :]
         b_cos, b_sin = tl.load(cos + o_r, mask=m, other=0.0), tl.load(sin + o_r, mask=m, other=0.0)
-        dtype = b_lo.dtype  # products and sum are rounded one by one, as the unfused model rounds them
-        lo = (b_lo * b_cos).to(dtype) + (-b_hi * b_sin).to(dtype)
+        # products and sum are rounded one by one, as the unfused model rounds them
+        new = (b_lo * b_cos).to(dtype) + (-b_hi * b_sin).to(dtype)
         b_hi = (b_hi * b_cos).to(dtype) + (b_lo * b_sin).to(dtype)
-        b_lo = lo
-    if HADAMARD:
-        p_h = matrix + o_c[:, None] * C + o_c[None, :]
-        new = tl.dot(b_lo, tl.load(p_h), input_precision="ieee")
-        new = tl.dot(b_hi, tl.load(p_h + HALF * C), new, input_precision="ieee")
-        high = tl.dot(b_lo, tl.load(p_h + HALF), input_precision="ieee")
-        high = tl.dot(b_hi, tl.load(p_h + HALF * C + HALF), high, input_precision="ieee")
-        b_lo, b_hi = new.to(x.dtype.element_ty), high.to(x.dtype.element_ty)
-    if PACK:
-        b_s = tl.load(scale + i_h)
-        byte = _code(b_lo.to(tl.float32), b_s) | (_code(b_hi.to(tl.float32), b_s) << 4)
-        o_s = tl.load(place) + o_t
-        m_s = m & (o_s < S)[:, None]
-        tl.store(y + (i_b * H + i_h) * S * HALF + o_s[:, None] * HALF + o_c[None, :], byte.to(tl.uint8), mask=m_s)
+        b_lo = new
+        if HADAMARD:
+            p_h = matrix + o_c[:, None] * C + o_c[None, :]
+            low = tl.dot(b_lo, tl.load(p_h), input_precision="ieee")
+            low = tl.dot(b_hi, tl.load(p_h + HALF * C), low, input_precision="ieee")
+            high = tl.dot(b_lo, tl.load(p_h + HALF), input_precision="ieee")
+            high = tl.dot(b_hi, tl.load(p_h + HALF * C + HALF), high, input_precision="ieee")
+            b_lo, b_hi = low.to(dtype), high.to(dtype)
+    if i_h < HQ:
+        p_q = query + ((i_b * HQ + i_h) * T + o_t[:, None]) * C + o_c[None, :]
+        tl.store(p_q, b_lo, mask=m)
+        tl.store(p_q + HALF, b_hi, mask=m)
     else:
-        p_y = y + ((i_b * H + i_h) * T + o_t[:, None]) * C + o_c[None, :]
-        tl.store(p_y, b_lo, mask=m)
-        tl.store(p_y + HALF, b_hi, mask=m)
+        is_key = i_h < HQ + H
+        i_kv = tl.where(is_key, i_h - HQ, i_h - HQ - H)
+        b_s = tl.load(tl.where(is_key, key_scale, value_scale) + i_kv)
+        inverse = tl.div_rn(1.0, b_s)
+        lo = codes_of(b_lo.to(tl.float32), b_s, inverse, -8, 7).to(tl.int32) & 15
+        hi = codes_of(b_hi.to(tl.float32), b_s, inverse, -8, 7).to(tl.int32) & 15
+        byte = lo | (hi << 4)
+        o_s = tl.load(place) + o_t
+        p_y = tl.where(is_key, keys, values) + (i_b * H + i_kv) * S * HALF + o_s[:, None] * HALF + o_c[None, :]
+        tl.store(p_y, byte.to(tl.uint8), mask=m & (o_s < S)[:, None])
+
+
+@triton.jit
+def dequantize_kernel(packed, scale, prefix, y, L, S, P, H: tl.constexpr, C: tl.constexpr, BT: tl.constexpr):
+    """Write the prefix and BT places of one head's L filled ones as values: y [B, H, P + L, C]."""
+    HALF: tl.constexpr = C // 2
+    i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_t = i_t * BT + tl.arange(0, BT)
+    o_c = tl.arange(0, HALF)
+    i_h = i_bh % H
+    is_prefix = (o_t < P)[:, None] & (o_c < HALF)[None, :]
+    is_filled = ((o_t >= P) & (o_t < P + L))[:, None] & (o_c < HALF)[None, :]
+    b = tl.load(packed + (i_bh * S + o_t[:, None] - P) * HALF + o_c[None, :], mask=is_filled, other=0)
+    b = b.to(tl.int8, bitcast=True)
+    b_s = tl.load(scale + i_h)
+    p_p = prefix + (i_h * P + o_t[:, None]) * C + o_c[None, :]
+    dtype = y.dtype.element_ty
+    lo = tl.where(is_filled, (((b << 4) >> 4).to(tl.float32) * b_s).to(dtype), tl.load(p_p, mask=is_prefix, other=0.0))
+    hi = tl.where(is_filled, ((b >> 4).to(tl.float32) * b_s).to(dtype), tl.load(p_p + HALF, mask=is_prefix, other=0.0))
+    p_y = y + (i_bh * (P + L) + o_t[:, None]) * C + o_c[None, :]
+    tl.store(p_y, lo, mask=is_prefix | is_filled)
+    tl.store(p_y + HALF, hi, mask=is_prefix | is_filled)
 
 
 @triton.jit
@@ -118,12 +227,15 @@ def attention_kernel(
     BN: tl.constexpr,
     BP: tl.constexpr,
     STARTS: tl.constexpr,
+    ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Let BM rows (tokens times the G queries of a head) see one of SPLITS parts of the cache.
 
     y [SPLITS, B, T, H, G, C] holds a part's output divided by its own sum, `tops` and `totals` its softmax state.
     """
     HALF: tl.constexpr = C // 2
+    wait_for_inputs(OVERLAP)
     i_m, i_bh, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = (i_bh // H).to(tl.int64), i_bh % H
     o_m = i_m * BM + tl.arange(0, BM)
@@ -164,16 +276,12 @@ def attention_kernel(
     for n in range(begin, tl.minimum(last, i_s * part + part), BN):
         m_n = (n + o_n < last)[:, None]
         o_kv = base + (n + o_n[:, None]).to(tl.int64) * HALF + o_c[None, :]
-        b_k = tl.load(keys + o_kv, mask=m_n, other=0).to(tl.int8, bitcast=True)
-        k_lo = ((b_k << 4) >> 4).to(q_lo.dtype)
-        k_hi = (b_k >> 4).to(q_lo.dtype)
+        k_lo, k_hi = _halves(tl.load(keys + o_kv, mask=m_n, other=0), q_lo.dtype, ASM)
         scores = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee")
         scores = tl.dot(q_hi, tl.trans(k_hi), scores, input_precision="ieee") * b_ks
         seen = (n + o_n[None, :] <= row[:, None]) & (n + o_n[None, :] >= first)
         scores = tl.where(seen, scores, -float("inf"))
-        b_v = tl.load(values + o_kv, mask=m_n, other=0).to(tl.int8, bitcast=True)
-        v_lo = ((b_v << 4) >> 4).to(q_lo.dtype)
-        v_hi = (b_v >> 4).to(q_lo.dtype)
+        v_lo, v_hi = _halves(tl.load(values + o_kv, mask=m_n, other=0), q_lo.dtype, ASM)
         top, total, acc_lo, acc_hi = _absorb(scores, top, total, acc_lo, acc_hi, v_lo, v_hi)
     norm = b_vs / tl.where(total == 0.0, 1.0, total)
     batch = tl.num_programs(1) // H
@@ -187,8 +295,24 @@ def attention_kernel(
 
 
 @triton.jit
-def combine_kernel(parts, tops, totals, y, ROWS, SPLITS: tl.constexpr, BS: tl.constexpr, C: tl.constexpr):
-    """Add one row's parts [SPLITS, ROWS, C], each weighted by its share of the softmax."""
+def combine_kernel(
+    parts,
+    tops,
+    totals,
+    scale,
+    y,
+    ROWS,
+    SPLITS: tl.constexpr,
+    BS: tl.constexpr,
+    C: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+):
+    """Add one row's parts [SPLITS, ROWS, C], each weighted by its share of the softmax; QUANTIZE: write its codes."""
+    wait_for_inputs(OVERLAP)
     i = tl.program_id(0).to(tl.int64)
     o_s, o_c = tl.arange(0, BS), tl.arange(0, C)
     m = o_s < SPLITS
@@ -199,43 +323,78 @@ def combine_kernel(parts, tops, totals, y, ROWS, SPLITS: tl.constexpr, BS: tl.co
     total = tl.sum(share, axis=0)
     share /= tl.where(total == 0.0, 1.0, total)
     b_y = tl.load(parts + (o_s[:, None] * ROWS + i) * C + o_c[None, :], mask=m[:, None], other=0.0)
-    tl.store(y + i * C + o_c, tl.sum(b_y * share[:, None], axis=0).to(y.dtype.element_ty))
+    b_y = tl.sum(b_y * share[:, None], axis=0).to(DTYPE)
+    if QUANTIZE:
+        b_s = tl.load(scale)
+        b_y = codes_of(b_y.to(tl.float32), b_s, tl.div_rn(1.0, b_s), LOW, HIGH)
+    tl.store(y + i * C + o_c, b_y.to(y.dtype.element_ty))
 
 
-def rotate_triton(
+def split_triton(
     x: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    channel_scale: Tensor | None,
+    gains: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
     hadamard: bool,
-    scale: Tensor | None = None,
-    cache: Tensor | None = None,
-    place: Tensor | None = None,
+    scales: tuple[Tensor, Tensor],
+    caches: tuple[Tensor, Tensor],
+    place: Tensor,
 ) -> Tensor:
-    """Rotate x [B, H, T, C] and return it, or write its codes into a cache [B, H, S, C / 2] and return that."""
-    batch, heads, tokens, channels = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if cache is None else cache
+    """Do on x [B, T, (HQ + 2 H) C], contiguous, what the reference does."""
+    batch, tokens, width = x.shape
+    _, kv_heads, places, half = caches[0].shape
+    channels = 2 * half
+    heads = width // channels - 2 * kv_heads
+    query = torch.empty(batch, heads, tokens, channels, dtype=x.dtype, device=x.device)
     (axis,) = hadamard_axes(channels) if hadamard else ((),)
     matrix = hadamard_matrix(axis, x.dtype, x.device) if hadamard else x
     block = 16 if tokens <= 16 else 64
-    rope = x if cos is None else cos
-    rotate_kernel[(triton.cdiv(tokens, block), batch * heads)](
+    split_kernel[(triton.cdiv(tokens, block), heads + 2 * kv_heads, batch)](
         x,
-        rope,
-        x if sin is None else sin,
+        x if channel_scale is None else channel_scale,
+        *(gains or (x, x)),
+        cos,
+        sin,
         matrix,
-        x if scale is None else scale,
-        x if place is None else place,
-        y,
+        *scales,
+        place,
+        query,
+        *caches,
         tokens,
-        heads,
-        y.shape[2],
-        *x.stride()[:3],
-        *((0, 0) if cos is None else cos.expand(batch, -1, -1).stride()[:2]),
-        ROPE=cos is not None,
+        places,
+        eps,
+        *cos.expand(batch, -1, -1).stride()[:2],
+        HQ=heads,
+        H=kv_heads,
+        SCALED=channel_scale is not None,
+        NORM=gains is not None,
         HADAMARD=hadamard,
-        PACK=cache is not None,
         C=channels,
         BT=block,
+        **launch_flags(x),
+        **SPLIT_LAUNCH,
+    )
+    return query
+
+
+def dequantize_triton(packed: Tensor, scale: Tensor, prefix: Tensor | None, length: int, dtype: torch.dtype) -> Tensor:
+    """Return the prefix [H, P, C] and `length` filled places of a cache [B, H, S, C / 2] as values [B, H, P + L, C]."""
+    batch, heads, places, half = packed.shape
+    count = 0 if prefix is None else prefix.shape[1]
+    y = torch.empty(batch, heads, count + length, 2 * half, dtype=dtype, device=packed.device)
+    dequantize_kernel[(triton.cdiv(count + length, 64), batch * heads)](
+        packed,
+        scale,
+        y if prefix is None else prefix,
+        y,
+        length,
+        places,
+        count,
+        H=heads,
+        C=2 * half,
+        BT=64,
         num_warps=4,
     )
     return y
@@ -252,14 +411,22 @@ def attention_triton(
     prefix: tuple[Tensor, Tensor] | None,
     scaling: float,
     splits: int,
+    out_scale: Tensor | None = None,
+    out_bits: int = 4,
+    launch: dict[str, int] | None = None,
+    asm: bool = True,
 ) -> Tensor:
-    """Do what the reference does, the cache cut into `splits` parts; query [B, H G, T, C], contiguous."""
+    """Do what the reference does, the cache cut into `splits` parts; query [B, H G, T, C], contiguous.
+
+    With `out_scale`, which takes two splits or more, the result is int8 codes.
+    """
     batch, heads, tokens, channels = query.shape
     kv_heads, places = keys.shape[1:3]
     groups = heads // kv_heads
     rows = tokens * groups
     block = max(16, min(64 if channels > 64 else 128, triton.next_power_of_2(rows)))
-    y = torch.empty(batch, tokens, heads, channels, dtype=query.dtype, device=query.device)
+    out = query.dtype if out_scale is None else torch.int8
+    y = torch.empty(batch, tokens, heads, channels, dtype=out, device=query.device)
     parts = y if splits == 1 else torch.empty(splits, *y.shape, dtype=torch.float32, device=y.device)
     state = torch.empty(2, splits, *y.shape[:-1], dtype=torch.float32, device=y.device) if splits > 1 else parts
     count = 0 if prefix is None else prefix[0].shape[1]
@@ -285,15 +452,28 @@ def attention_triton(
         G=groups,
         C=channels,
         BM=block,
-        BN=64,
         BP=max(16, triton.next_power_of_2(count)),
         STARTS=start is not None,
-        num_warps=4,
-        num_stages=3,
+        ASM=asm,
+        **launch_flags(query),
+        **(launch or {"BN": 64, "num_warps": 4, "num_stages": 3}),
     )
     if splits > 1:
         total = batch * tokens * heads
         combine_kernel[(total,)](
-            parts, state[0], state[1], y, total, SPLITS=splits, BS=triton.next_power_of_2(splits), C=channels
+            parts,
+            state[0],
+            state[1],
+            state if out_scale is None else out_scale,
+            y,
+            total,
+            SPLITS=splits,
+            BS=triton.next_power_of_2(splits),
+            C=channels,
+            QUANTIZE=out_scale is not None,
+            **launch_flags(query),
+            DTYPE=_TYPES[query.dtype],
+            LOW=-(2 ** (out_bits - 1)),
+            HIGH=2 ** (out_bits - 1) - 1,
         )
     return y

@@ -1,6 +1,7 @@
 """Attention over a 4-bit KV cache in plain PyTorch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prefixquant.kernels.hadamard.reference import hadamard_transform_reference
@@ -18,6 +19,35 @@ def pack_heads_reference(x: Tensor, scale: Tensor) -> Tensor:
     """Return x [B, H, T, C] as packed codes [B, H, T, C / 2], a scale a head [H]."""
     codes = torch.clamp(torch.round(x.float() / scale.view(-1, 1, 1)), -8, 7)
     return pack_int4(codes)
+
+
+def split_reference(
+    x: Tensor,
+    channel_scale: Tensor | None,
+    gains: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    hadamard: bool,
+    scales: tuple[Tensor, Tensor],
+    caches: tuple[Tensor, Tensor],
+    place: Tensor,
+) -> Tensor:
+    """Do what `split_heads` does."""
+    batch, tokens, width = x.shape
+    kv_heads, channels = caches[0].shape[1], 2 * caches[0].shape[3]
+    if channel_scale is not None:
+        x = (x.float() * channel_scale).to(x.dtype)
+    heads = x.view(batch, tokens, width // channels, channels).transpose(1, 2)
+    query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if gains is not None:
+        query, key = (F.rms_norm(each, gain.shape, gain, eps) for each, gain in zip((query, key), gains, strict=True))
+    first = int(place)
+    parts = rotate_reference(key, cos, sin, hadamard), value
+    for part, scale, cache in zip(parts, scales, caches, strict=True):
+        kept = cache[:, :, first : first + tokens]
+        kept.copy_(pack_heads_reference(part, scale)[:, :, : kept.shape[2]])
+    return rotate_reference(query, cos, sin, hadamard).contiguous()
 
 
 def attention_reference(

@@ -1,11 +1,9 @@
 """Activations to integer codes: static or per token, perhaps normalized first."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from prefixquant.kernels.dispatch import call, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 
 from .reference import STORAGE, quantize_reference
@@ -42,7 +40,7 @@ def quantize(
         KernelInputError: types, shapes, strides, devices or the layout do not fit.
     """
     _check(x, scale, clip_ratio, gain, bits, layout)
-    codes, scales = _quantize(x, scale, clip_ratio, gain, eps, bits, layout)
+    codes, scales = call(_quantize, x, scale, clip_ratio, gain, eps, bits, layout)
     return codes, scales if scale is None else scale
 
 
@@ -59,7 +57,7 @@ def _quantize(
     """Return codes, and the scales of tokens; none of these with a static scale."""
     if scale is None and clip_ratio is None:
         clip_ratio = torch.ones((), device=x.device)
-    if x.is_cuda and _has_triton():
+    if uses_triton(x):
         from .kernel import quantize_triton
 
         with torch.cuda.device(x.device):  # Triton launches on the current device
@@ -113,8 +111,3 @@ def _check(
             f"quantize needs gain [{x.shape[-1]}] as {x.dtype} on {x.device}, got {tuple(gain.shape)} {gain.dtype} on "
             f"{gain.device}"
         )
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -7,19 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixquant.kernels.overlap import launch_flags, wait_for_inputs
 from prefixquant.kernels.quantize.reference import STORAGE
-
-
-@triton.jit
-def _round(x):
-    # Halves to even, for magnitudes below 2^22: adding 1.5 * 2^23 leaves no bits below one.
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _codes(b_x, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
-    # Bounds first: they are whole, so the result is the same, and rounding then never meets a large number.
-    return _round(tl.minimum(tl.maximum(tl.div_rn(b_x, scale), LOW * 1.0), HIGH * 1.0))
+from prefixquant.kernels.rounding import codes_of
 
 
 @triton.jit
@@ -36,11 +26,13 @@ def quantize_kernel(
     NORM: tl.constexpr,
     DYNAMIC: tl.constexpr,
     PACKED: tl.constexpr,
+    OVERLAP: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Quantize one row; BLOCK covers half of it, the halves being what an int4 byte holds one each of."""
+    wait_for_inputs(OVERLAP)
     i = tl.program_id(0).to(tl.int64)
     half = K // 2
     o = tl.arange(0, BLOCK)
@@ -61,8 +53,9 @@ def quantize_kernel(
         tl.store(scales + i, b_s)
     else:
         b_s = tl.load(scale)
-    b_lo = _codes(b_lo, b_s, LOW, HIGH)
-    b_hi = _codes(b_hi, b_s, LOW, HIGH)
+    inverse = tl.div_rn(1.0, b_s)
+    b_lo = codes_of(b_lo, b_s, inverse, LOW, HIGH)
+    b_hi = codes_of(b_hi, b_s, inverse, LOW, HIGH)
     if PACKED:
         byte = (b_lo.to(tl.int32) & 15) | ((b_hi.to(tl.int32) & 15) << 4)
         tl.store(codes + i * half + o, byte.to(tl.uint8), mask=m)
@@ -102,6 +95,7 @@ def quantize_triton(
         LOW=-(2 ** (bits - 1)),
         HIGH=2 ** (bits - 1) - 1,
         BLOCK=block,
+        **launch_flags(x),
         num_warps=min(16, max(1, block // 256)),
     )
     return codes, scales

@@ -119,7 +119,7 @@ class Block(nn.Module):
 
         Outside of what torch.compile sees, so that the gradient of a weight stays as the product made it.
         """
-        linears = [self.linear(role) for role in self.family.linears]
+        linears = [each for role in self.family.linears if (each := self.linear(role)).shard is None]
         try:
             for each in linears:
                 each.weight_on_grid = None if each.weight_quantizer is None else each.weight_quantizer(each.weight)

@@ -35,6 +35,8 @@ class PrefixLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return all keys and values [B, H, P+T, C], the new ones rotated and quantized."""
         module = self._attention
+        if self.is_initialized and self.keys.device != key_states.device:  # of a model that is spread over several
+            self.keys, self.values = self.keys.to(key_states.device), self.values.to(key_states.device)
         if module.rotate_queries:
             key_states = hadamard_transform(key_states)
         return super().update(module.key_site(key_states), module.value_site(value_states), *args, **kwargs)

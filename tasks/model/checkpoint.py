@@ -4,7 +4,7 @@ import json
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._shard_of: dict[str, str] = {}
         self.tensors = {}
         for shard, expected in self._shards().items():
-            found = read_safetensors_header(path / shard)
+            found = self._header(shard)
             for name, entry in found.items():
                 self.tensors[name] = TensorInfo(shape=tuple(entry["shape"]), dtype=entry["dtype"])
                 self._shard_of[name] = shard
@@ -94,6 +94,12 @@ class SafetensorsCheckpoint(Checkpoint):
                 weight_of[info.dtype] += math.prod(info.shape)
         self.default_dtype = _FLOATS[max(weight_of, key=lambda kind: weight_of[kind])]
 
+    def _header(self, shard: str) -> dict[str, Any]:
+        return read_safetensors_header(self.path / shard)
+
+    def _exists(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
     def _shards(self) -> dict[str, list[str]]:
         index = self.path / INDEX_FILE
         if index.is_file():
@@ -105,7 +111,7 @@ class SafetensorsCheckpoint(Checkpoint):
             for name, shard in weight_map.items():
                 shards.setdefault(shard, []).append(name)
             return dict(sorted(shards.items()))
-        if (self.path / SINGLE_FILE).is_file():
+        if self._exists(SINGLE_FILE):
             return {SINGLE_FILE: []}
         raise CheckpointError(
             f"{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}; only safetensors weights are read"
@@ -119,7 +125,7 @@ class SafetensorsCheckpoint(Checkpoint):
         except (ValueError, KeyError, TypeError) as err:
             raise CheckpointError(f"{path} is not a model's config ({err}); download it again") from err
         find_family(model_type)
-        return AutoConfig.from_pretrained(self.path)
+        return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor as stored."""
@@ -139,20 +145,37 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; download the shard again")
-    size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        raw = file.read(length) if length <= size else b""
+
+        def read(start: int, stop: int) -> bytes:
+            file.seek(start)
+            return file.read(stop - start)
+
+        return parse_safetensors_header(read, path.stat().st_size, str(path))[0]
+
+
+def parse_safetensors_header(read: Callable[[int, int], bytes], size: int, where: str) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file and the byte from which its offsets count.
+
+    Args:
+        read: gives the bytes from a start to a stop.
+        size: of the file, bytes.
+        where: the file's name, for messages.
+    Raises:
+        CheckpointError: the file is truncated or not a safetensors file.
+    """
+    start = read(0, 8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+    raw = read(8, 8 + length) if length <= size else b""
     try:
         header = json.loads(raw)
     except ValueError as err:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({size} bytes); download it again") from err
+        raise CheckpointError(f"{where} is truncated or no safetensors file ({size} bytes); download it again") from err
     header.pop("__metadata__", None)
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
-        raise CheckpointError(f"{path} is truncated: its header needs {end} bytes, it has {size}; download it again")
-    return header
+        raise CheckpointError(f"{where} is truncated: its header needs {end} bytes, it has {size}; download it again")
+    return header, 8 + length
 
 
 def open_checkpoint(path: Path, index: dict[str, Any] | None = None) -> Checkpoint:

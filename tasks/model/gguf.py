@@ -46,7 +46,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def config(self) -> PretrainedConfig:
         """Return the config transformers derives from the file's metadata."""
-        config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
         config.tie_word_embeddings = not self.has_head(self._family)
         config.architectures = [self._family.architecture]
         return config

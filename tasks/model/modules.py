@@ -13,6 +13,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from prefixquant.kernels.hadamard import hadamard_fake_quantize, hadamard_transform
 from prefixquant.tasks.model.quantizer import SiteQuantizer
+from prefixquant.tasks.model.sharded_product import sharded_product
 
 ATTENTION = "prefixquant"
 """Name of our attention function in transformers' registry."""
@@ -65,18 +66,27 @@ class SiteLinear(nn.Module):
     """Linear whose input may pass an online Hadamard transform and then a quantization site."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, *, site: Site | None = None, hadamard: bool = False
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        site: Site | None = None,
+        hadamard: bool = False,
+        hadamard_block: int | None = None,
     ) -> None:
+        """`hadamard_block`: channels that the online transform takes together; None: all."""
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         self.site = site
-        self.hadamard = hadamard
+        self.hadamard, self.hadamard_block = hadamard, hadamard_block
         self.weight_quantizer: nn.Module | None = None
         """Takes the weight to its grid in every forward while the block is trained; None: the weight is used as is."""
         self.weight_on_grid: Tensor | None = None
         """What it returned, if that was computed ahead of the forward (`Block.weights_on_grid`)."""
+        self.shard: tuple[int, Tensor] | None = None
+        """Number under which several processes hold the weight together, and the token (`sharded_product`)."""
 
     def of_swiglu(self, gate_BTD: Tensor, up_BTD: Tensor) -> Tensor:
         """Return what the forward makes of silu(gate) * up.
@@ -87,18 +97,19 @@ class SiteLinear(nn.Module):
         merges = self.weight_on_grid is not None and self.hadamard
         if merges and self.site is not None and self.site.is_static_tensor:
             quantizer: Any = self.site.quantizer
-            low, high = quantizer.code_range
-            return self._product(hadamard_fake_quantize(gate_BTD, quantizer.scale, low, high, up_BTD))
+            scale = quantizer.scale.view(())  # DeepSpeed makes [1] of a scalar
+            return self._product(hadamard_fake_quantize(gate_BTD, scale, *quantizer.code_range, up_BTD))
         product: Tensor = self(F.silu(gate_BTD) * up_BTD)
         return product
 
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
         if self.hadamard:
-            if self.site is not None and self.site.is_static_tensor:
+            if self.hadamard_block is None and self.site is not None and self.site.is_static_tensor:
                 quantizer: Any = self.site.quantizer
-                return hadamard_fake_quantize(x_BTD, quantizer.scale, *quantizer.code_range)
-            x_BTD = hadamard_transform(x_BTD)
+                scale = quantizer.scale.view(())  # DeepSpeed makes [1] of a scalar
+                return hadamard_fake_quantize(x_BTD, scale, *quantizer.code_range)
+            x_BTD = hadamard_transform(x_BTD, self.hadamard_block)
         return x_BTD if self.site is None else self.site(x_BTD)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -106,6 +117,9 @@ class SiteLinear(nn.Module):
         return self._product(self.prepare(x_BTD))
 
     def _product(self, x_BTD: Tensor) -> Tensor:
+        if self.shard is not None:
+            number, token = self.shard
+            return sharded_product(x_BTD, self.bias, token, number, self.out_features)
         weight = self.weight if self.weight_on_grid is None else self.weight_on_grid
         if self.weight_on_grid is None and self.weight_quantizer is not None:
             weight = self.weight_quantizer(self.weight)

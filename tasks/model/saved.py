@@ -38,8 +38,8 @@ def block_tensors(
     for role, weight in quantized.items():
         assert spec is not None
         shift = 0 if spec.symmetric else 2 ** (spec.bits - 1)
-        codes = (weight.codes.cpu() - shift).to(torch.int8)
-        tensors[f"{prefix}{role}.weight_packed"] = pack_to_int32(codes, spec.bits)
+        codes = (weight.codes - shift).to(torch.int8)
+        tensors[f"{prefix}{role}.weight_packed"] = pack_to_int32(codes, spec.bits).cpu()  # packed where the codes are
         tensors[f"{prefix}{role}.weight_scale"] = weight.scale.squeeze(-1).cpu()
         if not spec.symmetric:
             tensors[f"{prefix}{role}.weight_zero_point"] = (weight.zero_point.squeeze(-1) - shift).to(torch.int8).cpu()
@@ -49,13 +49,16 @@ def block_tensors(
     return tensors
 
 
-def unpack_weight(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, spec: WeightSpec) -> QuantizedWeight:
-    """Return the integer weight stored under `name` (without suffix)."""
+def unpack_weight(
+    tensors: Mapping[str, Tensor], name: str, shape: torch.Size, spec: WeightSpec, device: torch.device | None = None
+) -> QuantizedWeight:
+    """Return the integer weight stored under `name` (without suffix), on a device; None leaves it where it is."""
     shift = 0 if spec.symmetric else 2 ** (spec.bits - 1)
-    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], spec.bits, shape).to(torch.int16) + shift
-    scale = tensors[f"{name}.weight_scale"].unsqueeze(-1)
+    packed = tensors[f"{name}.weight_packed"].to(device)
+    codes = unpack_from_int32(packed, spec.bits, shape).to(torch.int16) + shift
+    scale = tensors[f"{name}.weight_scale"].to(device).unsqueeze(-1)
     stored = tensors.get(f"{name}.weight_zero_point")
-    zero_point = torch.zeros_like(scale) if stored is None else stored.unsqueeze(-1).float() + shift
+    zero_point = torch.zeros_like(scale) if stored is None else stored.to(device).unsqueeze(-1).float() + shift
     low, high = code_range(spec.bits, spec.symmetric)
     assert int(codes.min()) >= low
     assert int(codes.max()) <= high
@@ -68,12 +71,15 @@ def saved_weights(
     family: ModelFamily,
     block: int,
     spec: WeightSpec | None,
+    device: torch.device | None = None,
 ) -> dict[str, QuantizedWeight]:
-    """Return a stored block's integer weights by linear; empty if its weights are not quantized."""
+    """Return a stored block's integer weights by linear, on a device; empty if its weights are not quantized."""
     if spec is None:
         return {}
     prefix = family.block_prefix(block)
-    return {role: unpack_weight(tensors, prefix + role, shapes[f"{role}.weight"], spec) for role in family.linears}
+    return {
+        role: unpack_weight(tensors, prefix + role, shapes[f"{role}.weight"], spec, device) for role in family.linears
+    }
 
 
 def block_weights(
@@ -83,10 +89,12 @@ def block_weights(
     block: int,
     spec: WeightSpec | None,
     dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> tuple[dict[str, Tensor], Sites]:
     """Return a stored block's weights, dequantized, by block-relative name, and its sites' parameters by site.
 
-    `shapes`: of every block-relative weight, as the model class has them.
+    `shapes`: of every block-relative weight, as the model class has them. `device`: where to unpack, and where the
+    weights then are; None: where they lie.
     """
     prefix = family.block_prefix(block)
     weights: dict[str, Tensor] = {}
@@ -94,9 +102,9 @@ def block_weights(
         role = name.removesuffix(".weight")
         if f"{prefix}{role}.weight_packed" in tensors:
             assert spec is not None
-            weights[name] = unpack_weight(tensors, prefix + role, shape, spec).dequantize(spec).to(dtype)
+            weights[name] = unpack_weight(tensors, prefix + role, shape, spec, device).dequantize(spec).to(dtype)
         else:
-            weights[name] = tensors[prefix + name].to(dtype)
+            weights[name] = tensors[prefix + name].to(device=device, dtype=dtype)
     sites: Sites = {}
     start = f"{prefix}{SITES}."
     for name, tensor in tensors.items():

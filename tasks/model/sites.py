@@ -33,6 +33,9 @@ class OnlineTransforms:
     r4: bool
     """On down_proj's input."""
 
+    r4_block: int | None = None
+    """Channels of down_proj's input that are transformed together; None: all."""
+
 
 def install_sites(
     layer: nn.Module,
@@ -57,7 +60,8 @@ def install_sites(
         site = activation_site(old.in_features) if name in (family.o, family.down) else None
         bias = None if old.bias is None else old.bias.data
         hadamard = transforms.r4 and name == family.down
-        layer.set_submodule(name, SiteLinear(old.weight.data, bias, site=site, hadamard=hadamard))
+        linear = SiteLinear(old.weight.data, bias, site=site, hadamard=hadamard, hadamard_block=transforms.r4_block)
+        layer.set_submodule(name, linear)
 
     if config.hidden_act == "silu":
         parent, _, _ = family.down.rpartition(".")

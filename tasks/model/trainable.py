@@ -39,7 +39,7 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight_OI: Tensor) -> Tensor:
         """Return the weight on its grid, in the autocast type if autocast is on."""
         spec, dtype = self.spec, product_dtype(weight_OI)
-        scale: Tensor = self.scale  # taken as it is: training ends where one is not positive any more
+        scale: Tensor = self.scale  # training ends where a scale is not positive any more
         zero_point = self.zero_point
         if spec.granularity == "group":
             groups = weight_groups(weight_OI, spec)
@@ -94,15 +94,16 @@ def make_trainable(
     found: list[Trainable] = []
     for role in block.family.linears:
         linear = block.linear(role)
-        linear.weight = nn.Parameter(weights[role].to(linear.weight.device, torch.float32, copy=True))
-        step = float(weights[role].float().abs().mean()) / 8  # without a grid: about a step of 4 bits
+        there = weights[role].to(linear.weight.device)  # first, so that the device converts
+        linear.weight = nn.Parameter(there.to(torch.float32, copy=True))
+        step = float(there.float().abs().mean()) / 8  # without a grid: about a step of 4 bits
         if role in quantized:
             assert spec is not None
             grid = quantized[role]
             device = linear.weight.device
             quantizer = WeightQuantizer(spec, grid.scale.to(device), grid.zero_point.to(device))
             linear.weight_quantizer = quantizer
-            step = float(quantizer.scale.mean())
+            step = float(grid.scale.mean())
             found.append(Trainable(f"{role}.scale", quantizer.scale, False, step))
             if not spec.symmetric:
                 assert isinstance(quantizer.zero_point, nn.Parameter)
@@ -111,7 +112,7 @@ def make_trainable(
     for role in (block.family.norm1, block.family.norm2):
         norm: Any = block.layer.get_submodule(role)
         norm.weight = gain = nn.Parameter(norm.weight.detach().clone())
-        found.append(Trainable(f"{role}.weight", gain, True, float(gain.abs().mean()) / 8))
+        found.append(Trainable(f"{role}.weight", gain, True, float(gain.detach().abs().mean()) / 8))
     for name, site in block.sites.items():
         quantizer_ = site.quantizer
         if quantizer_ is None:

@@ -5,40 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-from prefixquant.kernels.int4 import pack_int4
 from prefixquant.tasks.errors import ConfigError
-from prefixquant.tasks.export import (
-    ENDS_FILE,
-    PREFIX_FILE,
-    block_file,
-    read_config,
-    read_description,
-    read_quantize_config,
-    read_shard,
-)
-from prefixquant.tasks.model.block import block_shapes
 from prefixquant.tasks.model.cache import CACHE_NAMES, cache_name
-from prefixquant.tasks.model.families import ModelFamily, find_family
-from prefixquant.tasks.model.modules import SiteNorm
-from prefixquant.tasks.model.quantizer import QuantizedWeight
-from prefixquant.tasks.model.saved import SITES, saved_weights
-from prefixquant.tasks.model.sites import (
-    ATTENTION_INPUT,
-    DOWN_INPUT,
-    KEYS,
-    MLP_INPUT,
-    O_INPUT,
-    VALUES,
-    OnlineTransforms,
-    head_size,
-)
-from prefixquant.tasks.model.spec import QuantizeConfig
+from prefixquant.tasks.model.sites import head_size
 from prefixquant.tasks.runtime.cache import PackedCache
-from prefixquant.tasks.runtime.modules import CodedAttention, CodedLinear, CodedMLP, CodedNorm, InputSite
-
-ATTENTION = "prefixquant-runtime"
+from prefixquant.tasks.runtime.graphs import Call, DecodeGraph, PromptGraphs
+from prefixquant.tasks.runtime.source import FolderSource, Source
 
 
 class QuantizedCausalLM:
@@ -50,9 +23,18 @@ class QuantizedCausalLM:
 
     config: Any
     num_prefix_tokens: int
+    prompt_graphs: PromptGraphs
+    recording = True
+    """Set to False to have every forward run module by module, where hooks see it."""
 
     @staticmethod
-    def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16) -> Any:
+    def load(
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        fast_prompts: bool = False,
+    ) -> Any:
         """Return the model in a folder that `prefixquant run --out` wrote.
 
         On a GPU with Triton the kernels of `prefixquant.kernels` run, elsewhere their PyTorch references.
@@ -61,12 +43,25 @@ class QuantizedCausalLM:
             folder: the export.
             device: where it runs.
             dtype: of embedding, head, norms and what flows between the blocks.
+            fast_prompts: keep the weights' codes as fp8 as well, a byte each, for 4-bit activations on a GPU that has
+                fp8. Prompts then need not unpack them; the weights of the blocks take three times the memory.
 
         Raises:
             CheckpointError: a file is missing or damaged.
             ConfigError: the folder is quantized in a way that no kernel runs.
         """
-        return _Loader(Path(folder), torch.device(device), dtype).load()
+        return QuantizedCausalLM.build(FolderSource(Path(folder)), torch.device(device), dtype, fast_prompts)
+
+    @staticmethod
+    def build(source: Source, device: torch.device, dtype: torch.dtype, fast_prompts: bool = False) -> Any:
+        """Return the model that a source describes; see `load`."""
+        from prefixquant.tasks.runtime.build import Builder
+
+        model = Builder(source, device, dtype, fast_prompts).build()
+        model.__class__ = type(f"Quantized{type(model).__name__}", (QuantizedCausalLM, type(model)), {})
+        model.num_prefix_tokens, model.prompt_graphs = len(source.prefix_token_ids), PromptGraphs()
+        _attach_cache(model, model.base_model)
+        return model.eval().requires_grad_(False)
 
     def new_cache(self, batch: int, places: int = 0) -> PackedCache:
         """Return an empty cache for `batch` sequences, with room for `places` tokens; it grows."""
@@ -76,6 +71,18 @@ class QuantizedCausalLM:
         cache = PackedCache(batch, blocks, heads, head_size(config), device)
         cache.reserve(places)
         return cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the family's forward returns. On a GPU, one more token a sequence and prompts of a length seen
+        before are CUDA graphs replayed; the logits of one more token are overwritten by the next."""
+        call = Call(args, kwargs) if self.recording else None
+        if call is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if (step := DecodeGraph.of(self, call)) is not None:
+            return step.run(call)
+        if (prompt := self.prompt_graphs.of(self, call)) is not None:
+            return prompt.run(self, call)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does, into a packed cache. Beams are refused: the cache cannot be reordered."""
@@ -87,136 +94,6 @@ class QuantizedCausalLM:
             tokens = next(each for each in given if each is not None)
             kwargs[name] = self.new_cache(len(tokens) * (kwargs.get("num_return_sequences") or 1))
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-
-
-class _Loader:
-    """Builds one model."""
-
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        description = read_description(folder)
-        self.folder, self.device, self.dtype = folder, device, dtype
-        self.config = read_config(folder)
-        self.family: ModelFamily = find_family(self.config.model_type)
-        self.quantize: QuantizeConfig = read_quantize_config(description["quantize"])
-        self.transforms = OnlineTransforms(**description["transforms"])
-        self.prefix_token_ids = description["prefix_token_ids"]
-        _check(self.quantize, self.config)
-        activations = self.quantize.activations
-        fp8 = activations is not None and activations.bits <= 4 and _has_fp8(device)
-        self.layout = "fp8" if fp8 else "int8"
-
-    def load(self) -> Any:
-        AttentionInterface.register(ATTENTION, _no_attention)
-        AttentionMaskInterface.register(ATTENTION, _no_mask)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, attn_implementation=ATTENTION, dtype=self.dtype)
-        family = self.family
-        prefix = read_shard(self.folder / PREFIX_FILE) if self.prefix_token_ids else None
-        layers: Any = model.get_submodule(family.blocks)
-        for index, layer in enumerate(layers):
-            self._fill_block(layer, index, None if prefix is None else (prefix["keys"], prefix["values"]))
-        ends = read_shard(self.folder / ENDS_FILE)
-        for name in (family.embedding, family.head):
-            model.get_submodule(name).weight = nn.Parameter(self._to(ends[f"{name}.weight"]), requires_grad=False)
-        gain = self._to(ends[f"{family.final_norm}.weight"])
-        model.set_submodule(family.final_norm, SiteNorm(gain, self.config.rms_norm_eps, None))
-        base: Any = model.get_submodule(family.embedding.rsplit(".", 1)[0])
-        base.rotary_emb = type(base.rotary_emb)(config=self.config).to(self.device)
-        model.__class__ = type(f"Quantized{type(model).__name__}", (QuantizedCausalLM, type(model)), {})
-        model.num_prefix_tokens = len(self.prefix_token_ids)
-        _attach_cache(model, base)
-        return model.eval().requires_grad_(False)
-
-    def _to(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype)
-
-    def _fill_block(self, layer: nn.Module, index: int, prefix: tuple[Tensor, Tensor] | None) -> None:
-        family, config, path = self.family, self.config, self.folder / block_file(index)
-        stored = read_shard(path)
-        shapes = block_shapes(config, 0)
-        assert self.quantize.weights is not None
-        weights = saved_weights(stored, shapes, family, index, self.quantize.weights)
-        own = {name.removeprefix(family.block_prefix(index)): tensor for name, tensor in stored.items()}
-
-        def product(*roles: str) -> CodedLinear:
-            biases = [own.get(f"{role}.bias") for role in roles]
-            scale = torch.cat([weights[role].scale.reshape(-1) for role in roles]).float()
-            codes = torch.cat([self._codes(weights[role]) for role in roles])
-            bias = self._to(torch.cat([each for each in biases if each is not None])) if biases[0] is not None else None
-            return CodedLinear(codes.to(self.device), scale.to(self.device), bias, self.dtype)
-
-        def norm(role: str, site: str) -> CodedNorm:
-            return CodedNorm(self._to(own[f"{role}.weight"]), config.rms_norm_eps, self._site(own, site))
-
-        def head_norm(role: str) -> SiteNorm | None:
-            weight = own.get(f"{family.attention}.{role}.weight")
-            return None if weight is None else SiteNorm(self._to(weight), config.rms_norm_eps, None)
-
-        scales = tuple(own[f"{SITES}.{site}.scale"].reshape(-1).float().to(self.device) for site in (KEYS, VALUES))
-        scales = tuple(each.expand(config.num_key_value_heads).contiguous() for each in scales)
-        attention: Any = layer.get_submodule(family.attention)
-        new = CodedAttention(
-            index,
-            product(family.q, family.k, family.v),
-            product(family.o),
-            self._site(own, O_INPUT),
-            (scales[0], scales[1]),
-            None if prefix is None else (self._to(prefix[0][index]), self._to(prefix[1][index])),
-            (head_norm("q_norm"), head_norm("k_norm")),
-            channels=head_size(config),
-            scaling=attention.scaling,
-            hadamard=self.transforms.r3,
-        )
-        mlp = CodedMLP(
-            product(family.gate, family.up), product(family.down), self._site(own, DOWN_INPUT), self.transforms.r4
-        )
-        layer.set_submodule(family.attention, new)
-        layer.set_submodule(family.gate.rsplit(".", 1)[0], mlp)
-        layer.set_submodule(family.norm1, norm(family.norm1, ATTENTION_INPUT))
-        layer.set_submodule(family.norm2, norm(family.norm2, MLP_INPUT))
-
-    def _codes(self, weight: QuantizedWeight) -> Tensor:
-        assert self.quantize.weights is not None
-        return pack_int4(weight.codes) if self.quantize.weights.bits <= 4 else weight.codes.to(torch.int8)
-
-    def _site(self, own: dict[str, Tensor], site: str) -> InputSite:
-        activations = self.quantize.activations
-        if activations is None:
-            return InputSite(None, None, None, self.layout)
-        found = [own.get(f"{SITES}.{site}.{name}") for name in ("scale", "clip_ratio")]
-        scale, ratio = (None if each is None else each.float().reshape(()).to(self.device) for each in found)
-        return InputSite(activations.bits, scale, ratio, self.layout)
-
-
-def _check(quantize: QuantizeConfig, config: Any) -> None:
-    """Raise ConfigError unless the kernels run this."""
-    weights, activations = quantize.weights, quantize.activations
-    problems = []
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if _window(config) else "full_attention"]
-    if set(kinds) != {"full_attention"}:
-        problems.append("every block must attend to all tokens, without a sliding window")
-    if weights is None or not weights.symmetric or weights.granularity != "channel":
-        problems.append("weights must be quantized, symmetric, with a scale a channel")
-    elif weights.bits > 4 and (weights.bits != 8 or activations is None or activations.bits != 8):
-        problems.append("weights must have at most 4 bits, or 8 with 8-bit activations")
-    if activations is not None and (not activations.symmetric or activations.granularity == "group"):
-        problems.append("activations must be symmetric, with a scale a tensor or a token")
-    if activations is not None and activations.bits not in (4, 8):
-        problems.append("activations must have 4 or 8 bits")
-    for name, spec in (("keys", quantize.keys), ("values", quantize.values)):
-        if spec is None or spec.bits != 4 or not spec.symmetric or spec.mode != "static" or spec.before_rope:
-            problems.append(f"{name} must be static symmetric 4-bit codes, after the rotary embedding")
-        elif spec.granularity not in ("head", "tensor"):
-            problems.append(f"{name} must have a scale a head or a tensor")
-    if problems:
-        raise ConfigError(
-            f"the runtime has no kernel for this folder: {'; '.join(problems)}. "
-            f"prefixquant.tasks.export.load_quantized runs it as a simulation"
-        )
-
-
-def _window(config: Any) -> bool:
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def _attach_cache(model: Any, base: nn.Module) -> None:
@@ -255,15 +132,3 @@ def _padding(mask: Tensor) -> Tensor | None:
         raise ConfigError(f"attention_mask must be [batch, tokens], 0 where padded, got {tuple(mask.shape)}")
     starts = mask.ne(0).int().argmax(dim=1).to(torch.int32)
     return starts if bool(starts.any()) else None
-
-
-def _has_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _no_attention(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("the runtime's blocks have an attention of their own")
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None

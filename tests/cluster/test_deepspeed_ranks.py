@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,43 @@ def test_half_precision_is_that_of_a_single_process(outcomes, single, size, stag
     torch.testing.assert_close(torch.tensor(got.fp16), torch.tensor(single.fp16), rtol=0.005, atol=0)
     assert got.bf16[0] != got.history[0]
     assert got.fp16[0][0] != got.history[0][0] / 16
+
+
+def train_in_parts(member):
+    torch.set_num_threads(1)
+    histories = {}
+    for stage in STAGES:
+        with join(member, CPU, stage=stage, parts=2) as ranks:
+            histories[stage] = train(ranks, make(ranks, Regression()), range(6))
+    return histories
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_batch_that_passes_in_parts_takes_the_same_steps(ray_session, single, size):
+    histories = run_group(train_in_parts, (), ranks=size, cpus=1, gpus=0, name="parts")
+    for stage in STAGES:
+        assert_same(histories[stage], single.history)
+
+
+def listening(member):
+    """Return the addresses, in the kernel's hex, on which this process listens while it trains."""
+    torch.set_num_threads(1)
+    with join(member, CPU, stage=1) as ranks:
+        train(ranks, make(ranks, Regression()), range(1))
+        links = [os.readlink(each.path) for each in os.scandir("/proc/self/fd") if os.path.islink(each.path)]
+        inodes = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+        tables = (Path(f"/proc/self/net/{kind}").read_text().splitlines() for kind in ("tcp", "tcp6"))
+        rows = [row.split() for table in tables for row in table]
+        return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+@pytest.mark.skipif(not Path("/proc/self/net").exists(), reason="looks for sockets in /proc")
+def test_ranks_on_one_machine_listen_on_loopback_only(ray_session):
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        member = Membership(0, 1, *place.getsockname())
+    found = ray_session.result(ray_session.submit(listening, member, name="listening"))
+    assert found
+    assert found <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
 def overflow_at(member, stage):

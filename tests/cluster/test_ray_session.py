@@ -100,6 +100,23 @@ def test_a_request_for_more_than_the_cluster_has_is_cut_to_fit(ray_session):
     assert ray_session.result(ref) == []
 
 
+def test_memory_and_disk_are_asked_for_and_cut_to_what_a_node_has(ray_session):
+    whole = ray_session.fit_bytes(10**15, 10**15)
+    assert 10**8 < whole["memory"] < 10**15
+    assert 0 < whole["resources"]["disk_gb"] < 10**6
+    assert ray_session.fit_bytes(10**6, 5 * 10**6) == {"memory": 10**6, "resources": {"disk_gb": 1}}
+    assert ray_session.fit_bytes(0, 0) == {}
+    ref = ray_session.submit(add, 1, 2, name="wants a lot", memory=10**15, disk=10**15)
+    assert ray_session.wait([ref], timeout=60) == [ref]
+    assert ray_session.result(ref) == 3
+
+
+def test_the_gpu_is_unknown_where_there_is_none_and_as_said_where_it_is_said(ray_session):
+    assert ray_session.gpu() is None
+    with connect(gpu_bytes=80 * 10**9) as other:
+        assert other.gpu() == ("", 80 * 10**9)
+
+
 def test_connect_joins_the_running_ray_and_leaves_it_running(ray_session):
     with connect() as other:
         assert other.result(other.submit(add, 1, 1, name="add")) == 2

@@ -13,11 +13,15 @@ import fsspec
 import pytest
 from ray.exceptions import RayTaskError
 
+from prefixquant.cluster.errors import BytesAltered
 from prefixquant.cluster.store import (
     ArtifactCorrupted,
     ArtifactError,
     ArtifactMissing,
     ArtifactStore,
+    CacheFull,
+    StoreUnavailable,
+    StoreUnreadable,
     StoreUnwritable,
 )
 
@@ -134,6 +138,17 @@ def test_a_manifest_cannot_point_outside_its_artifact(store):
     path = f"{store.root}/artifacts/{KEY[:2]}/{KEY}/manifest.json"
     raw = json.loads(store.fs.cat_file(path))
     raw["files"]["a"]["path"] = "../../../refs"
+    store.fs.pipe_file(path, json.dumps(raw).encode())
+    with pytest.raises(ArtifactCorrupted, match="outside its folder"):
+        store.manifest(KEY)
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", ".hidden"])
+def test_a_manifest_cannot_name_files_that_would_be_written_elsewhere(store, name):
+    store.publish(KEY, {"a": b"1"}, meta={})
+    path = f"{store.root}/artifacts/{KEY[:2]}/{KEY}/manifest.json"
+    raw = json.loads(store.fs.cat_file(path))
+    raw["files"][name] = raw["files"].pop("a")
     store.fs.pipe_file(path, json.dumps(raw).encode())
     with pytest.raises(ArtifactCorrupted, match="outside its folder"):
         store.manifest(KEY)
@@ -333,7 +348,19 @@ def test_racing_writers_of_which_two_are_killed_leave_one_consistent_winner_per_
         assert (store.read(key, "a"), store.read(key, "b")) == (letter * 6_000_000, letter * 3_000_000)
 
 
-@pytest.mark.parametrize("kind", [ArtifactError, ArtifactMissing, ArtifactCorrupted, StoreUnwritable])
+KINDS = [
+    ArtifactError,
+    ArtifactMissing,
+    ArtifactCorrupted,
+    StoreUnwritable,
+    StoreUnreadable,
+    StoreUnavailable,
+    BytesAltered,
+    CacheFull,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_errors_keep_message_key_and_name_through_pickle_and_ray(kind):
     error = kind("message", KEY, "name")
     copy = pickle.loads(pickle.dumps(error))

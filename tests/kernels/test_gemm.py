@@ -1,11 +1,12 @@
+import re
+
 import pytest
 import torch
+from hopper import compiled_for_hopper
 
 from prefixquant.kernels.errors import KernelInputError
-from prefixquant.kernels.gemm import quantized_linear
+from prefixquant.kernels.gemm import add_channels, quantized_linear, quantized_products
 from prefixquant.kernels.int4 import pack_int4
-
-HOPPER = 90
 
 
 def codes(*shape, seed=0, low=-8, high=8):
@@ -34,6 +35,26 @@ def test_a_product_of_codes_is_the_product_of_the_dequantized_tensors():
     torch.testing.assert_close(y.double(), wanted / 0.5 * tokens)
 
 
+def test_what_is_added_meets_a_product_that_is_rounded():
+    given, bias = arguments(), torch.arange(6.0) / 7
+    added = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(2)).bfloat16()
+    y = quantized_linear(**given, bias=bias, dtype=torch.bfloat16)
+    assert torch.equal(quantized_linear(**given, bias=bias, added=added, dtype=torch.bfloat16), y + added)
+
+
+def test_products_without_output_scales_are_finished_by_who_adds_them():
+    given = arguments() | {"x": codes(2, 3, 8).to(torch.float8_e4m3fn)}
+    scale, added = torch.rand(6), torch.rand(2, 3, 6)
+    wanted = quantized_linear(**(given | {"weight_scale": scale}), dtype=torch.float32)
+    del given["weight_scale"]
+    for weight in (given["weight"], codes(6, 8, seed=1).to(torch.float8_e4m3fn)):
+        y = quantized_products(**(given | {"weight": weight}), dtype=torch.float32)
+        assert torch.equal(y * scale, wanted)
+        assert torch.equal(add_channels(added, y, scale), added + wanted)
+    y, added = y.bfloat16(), added.bfloat16()
+    assert torch.equal(add_channels(added, y, scale), added + (y * scale).bfloat16())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -48,12 +69,57 @@ def test_a_product_of_codes_is_the_product_of_the_dequantized_tensors():
         ({"bias": torch.ones(5)}, r"bias must be \[6\]"),
         ({"weight_scale": torch.ones(6, device="meta")}, "one device"),
         ({"x": codes(8, 2).to(torch.int8).T}, "contiguous"),
+        ({"added": torch.zeros(6, 6, dtype=torch.bfloat16)}, r"added must be \(2, 3, 6\) torch.bfloat16"),
+        ({"added": torch.zeros(2, 3, 6)}, r"added must be \(2, 3, 6\) torch.bfloat16"),
+        ({"added": torch.zeros(2, 6, 3, dtype=torch.bfloat16).mT}, "contiguous tensors; added"),
+        ({"added": torch.zeros(2, 3, 6, dtype=torch.bfloat16, device="meta")}, "added on meta"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
 def test_wrong_input_is_refused_before_anything_runs(change, message):
     with pytest.raises(KernelInputError, match=message):
         quantized_linear(**(arguments() | change), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": codes(2, 3, 8).to(torch.int8)}, "float8_e4m3fn and one scale, got torch.int8"),
+        ({"x_scale": torch.ones(2, 3, 1)}, "one scale"),
+        ({"x_scale": torch.ones(3)}, "a scalar or"),
+        ({"weight": codes(6, 8).to(torch.int8)}, "packed uint8 or of x's type"),
+        ({"weight": pack_int4(codes(6, 10))}, "does not fit"),
+        ({"weight": pack_int4(codes(6, 8)).to("meta")}, "weight on meta"),
+        ({"weight": pack_int4(codes(4, 6)).T}, "contiguous"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_wrong_input_of_products_is_refused_before_anything_runs(change, message):
+    given = arguments() | {"x": codes(2, 3, 8).to(torch.float8_e4m3fn)} | change
+    del given["weight_scale"]
+    with pytest.raises(KernelInputError, match=message):
+        quantized_products(**given, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"added": torch.zeros(3, 5)}, "two alike"),
+        ({"added": torch.zeros(3, 6).bfloat16()}, "two alike"),
+        ({"added": torch.zeros(3, 6).double(), "y": torch.zeros(3, 6).double()}, "two alike"),
+        ({"scale": torch.ones(3)}, r"scale must be float32 \[6\]"),
+        ({"scale": torch.ones(6).double()}, r"scale must be float32 \[6\]"),
+        ({"scale": torch.ones(1).expand(6)}, "contiguous"),
+        ({"scale": torch.ones(6, device="meta")}, "scale on meta"),
+        ({"y": torch.zeros(6, 3).T}, "contiguous"),
+        ({"added": torch.zeros(6, 3).T}, "contiguous"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_wrong_input_of_added_channels_is_refused_before_anything_runs(change, message):
+    given = {"added": torch.zeros(3, 6), "y": torch.zeros(3, 6), "scale": torch.ones(6)} | change
+    with pytest.raises(KernelInputError, match=message):
+        add_channels(**given)
 
 
 @pytest.mark.parametrize(
@@ -66,19 +132,43 @@ def test_wrong_input_is_refused_before_anything_runs(change, message):
     ],
 )
 def test_products_compile_to_the_tensor_cores_of_hopper(x_type, weight_type, packed, instruction):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     from prefixquant.kernels.gemm.kernel import linear_kernel, tiling
 
     tile = tiling(2048)
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"PACKED": packed, "INTEGER": x_type == "*i8", "X_SCALE": 1, "BIAS": False, "GROUP": 8, **tile}
     types = [x_type, "*fp32", weight_type, "*fp32", "*bf16", "*bf16", "i32", "i32", "i32"]
-    signature = dict(zip(linear_kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
-    aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(types))}
-    source = ASTSource(linear_kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=options)
-    assert instruction in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 227 * 1024  # bytes that a block may have on Hopper
+    assert instruction in compiled_for_hopper(linear_kernel, types, constants, options)
+
+
+FLAGS = {"X_SCALE": 2, "BIAS": True, "ADDED": True, "ASM": True, "OVERLAP": False}
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs"),
+    [(2, 4096), (16, 4096), (32, 4096), (64, 4096), (64, 28672), (256, 4096), (2048, 4096)],
+)
+def test_few_rows_compile_to_integer_tensor_cores_that_take_the_weight_from_registers(rows, outputs):
+    pytest.importorskip("triton")
+    from prefixquant.kernels.gemm.few_rows import rows_kernel, tiling
+
+    tile = tiling(rows, outputs, 2048)
+    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    types = ["*i8", "*fp32", "*i8", "*fp32", *["*bf16"] * 3, "*i32", "*i32", "i32", "i32", "i32"]
+    ptx = compiled_for_hopper(rows_kernel, types, FLAGS | tile, options)
+    products = re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8\s+\{[^}]*\},\s*(.)", ptx)
+    assert products
+    assert set(products) == {"{"}  # the first operand is registers; a descriptor of shared memory would be one name
+    assert ("atom" in ptx) == (tile["SPLITS"] > 1)
+
+
+@pytest.mark.parametrize(("block", "words"), [(8, 256), (16, 128)])
+def test_one_row_compiles_to_products_of_four_bytes(block, words):
+    pytest.importorskip("triton")
+    from prefixquant.kernels.gemm.few_rows import vector_kernel
+
+    types = ["*i32", "*fp32", "*i32", "*fp32", "*bf16", "*bf16", "*bf16", "i32", "i32"]
+    ptx = compiled_for_hopper(vector_kernel, types, FLAGS | {"BN": block, "BW": words}, {"num_warps": 4})
+    assert ptx.count("dp4a.u32.s32") == 2 * block * words // 128  # two a word, a word a thread
+    assert "ld.global.v4.b32" in ptx

@@ -99,10 +99,31 @@ def test_a_fused_swiglu_hadamard_and_quantization_are_the_three_in_turn():
     assert torch.equal(codes.float(), quantize(hadamard_transform(gate), torch.tensor(0.1), layout="fp8")[0].float())
 
 
+def test_channel_scales_finish_gate_and_up_where_they_lie():
+    mixed = torch.randn(4, 5, 192, generator=torch.Generator().manual_seed(0))
+    scales = 0.5 + torch.rand(192, generator=torch.Generator().manual_seed(1))
+    gate, up = mixed.chunk(2, dim=-1)  # views of one product
+    wanted = hadamard_quantize(*(mixed * scales).chunk(2, dim=-1), torch.tensor(0.1))[0]
+    assert torch.equal(hadamard_quantize(gate, up, torch.tensor(0.1), channel_scale=scales)[0], wanted)
+    wanted = hadamard_quantize(gate * scales[:96], None, torch.tensor(0.1))[0]
+    assert torch.equal(hadamard_quantize(gate, scale=torch.tensor(0.1), channel_scale=scales[:96])[0], wanted)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x": torch.zeros(4, 8).double()}, "float32, bfloat16 or float16"),
+        ({"x": torch.zeros(8)}, "float32, bfloat16 or float16"),
+        ({"x": torch.zeros(8, 4).T}, "last axis contiguous"),
+        ({"up": torch.zeros(8, 4).T}, "like x"),
+        ({"up": torch.zeros(4, 8).bfloat16()}, "like x"),
+        ({"up": torch.zeros(4, 8, device="meta")}, "like x"),
+        ({"channel_scale": torch.ones(16)}, r"channel_scale must be float32 \[8\]"),
+        ({"channel_scale": torch.ones(8), "up": torch.zeros(4, 8)}, r"channel_scale must be float32 \[16\]"),
+        ({"channel_scale": torch.ones(8).double()}, r"channel_scale must be float32 \[8\]"),
+        ({"channel_scale": torch.ones(8, device="meta")}, "on meta"),
+        ({"channel_scale": torch.ones(1).expand(8)}, "channel_scale must be"),
+        ({"bits": 8, "layout": "fp8"}, "got 8"),
         ({"up": torch.zeros(4, 4)}, "like x"),
         ({"layout": "int4"}, "'int4'"),
         ({"clip_ratio": torch.tensor(1.0)}, "not both"),
@@ -185,3 +206,16 @@ def test_hadamard_fake_quantize_kernels_in_the_interpreter_match_the_reference()
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("matches") == 3, done.stdout
+
+
+def test_hadamard_transform_in_blocks_takes_each_block_alone():
+    x = rows(96)
+    wanted = torch.cat([hadamard_transform(part) for part in x.split(16, dim=-1)], dim=-1)
+    torch.testing.assert_close(hadamard_transform(x, 16), wanted, rtol=0, atol=1e-14)
+    with pytest.raises(KernelInputError, match="blocks of 20 do not divide the 96 channels"):
+        hadamard_transform(x, 20)
+
+
+def test_hadamard_transform_of_float32_on_a_cpu_is_rounded_once():
+    x = rows(1536).float()
+    assert torch.equal(hadamard_transform(x), hadamard_transform(x.double()).float())

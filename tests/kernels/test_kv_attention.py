@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hopper import compiled_for_hopper
 
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.hadamard import hadamard_transform
 from prefixquant.kernels.int4 import pack_int4, unpack_int4
-from prefixquant.kernels.kv_attention import kv_attention, rotate, store_heads
-
-HOPPER = 90
+from prefixquant.kernels.kv_attention import kv_attention, split_heads
+from prefixquant.kernels.quantize import quantize
 
 
 def counter(*values):
@@ -59,22 +59,68 @@ def test_padding_is_not_seen():
     assert not torch.equal(kv_attention(**(given | {"keys": changed})), kv_attention(**given))
 
 
-def test_what_is_stored_is_rotated_and_quantized_and_the_rest_is_left():
-    x, packed = heads(1, 2, 3, 16), torch.full((1, 2, 6, 8), 7, dtype=torch.uint8)
-    angle = torch.rand(1, 3, 8).repeat(1, 1, 2)
-    scale = torch.tensor([0.5, 0.25])
-    store_heads(x, scale, packed, counter(2), cos=angle.cos(), sin=angle.sin(), hadamard=True)
-    wanted = rotate(x, angle.cos(), angle.sin(), hadamard=True)
-    plain = rotate(x, angle.cos(), angle.sin(), hadamard=False)
-    torch.testing.assert_close(wanted, hadamard_transform(plain))
-    codes = torch.clamp(torch.round(wanted / scale.view(-1, 1, 1)), -8, 7)
-    assert torch.equal(unpack_int4(packed[:, :, 2:5]), codes.to(torch.int8))
-    assert bool((packed[:, :, :2] == 7).all())
-    assert bool((packed[:, :, 5:] == 7).all())
-    store_heads(x, scale, packed, counter(5))  # only the first token has a place left
-    assert torch.equal(
-        unpack_int4(packed[:, :, 5:]), torch.clamp(torch.round(x[:, :, :1] / scale.view(-1, 1, 1)), -8, 7)
-    )
+def test_an_output_scale_gives_the_codes_that_quantize_gives():
+    given, scale = arguments(), torch.tensor(0.02)
+    y = kv_attention(**given).flatten(2)
+    for bits in (4, 8):
+        codes = kv_attention(**given, out_scale=scale, out_bits=bits)
+        assert codes.shape == (2, 3, 4, 16)
+        assert torch.equal(codes.flatten(2), quantize(y, scale, bits=bits, layout="int8")[0])
+
+
+def projection():
+    """Arguments of split_heads: 3 query heads, 1 of keys, 1 of values, of 16 channels."""
+    angle = torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(1)).repeat(1, 1, 2)
+    return {
+        "x": heads(2, 3, 80),
+        "cos": angle.cos(),
+        "sin": angle.sin(),
+        "scales": (torch.tensor([0.5]), torch.tensor([0.25])),
+        "caches": tuple(torch.full((2, 2, 1, 6, 8), 7, dtype=torch.uint8)),
+        "place": counter(2),
+        "hadamard": True,
+    }
+
+
+def codes_of(x, scale):
+    return torch.clamp(torch.round(x / scale), -8, 7).to(torch.int8)
+
+
+def test_heads_are_split_rotated_and_stored_and_the_rest_of_the_cache_is_left():
+    given = projection()
+    query = split_heads(**given)
+    mixed = given["x"].view(2, 3, 5, 16).transpose(1, 2)
+    low, high = mixed.chunk(2, dim=-1)
+    turned = mixed * given["cos"].unsqueeze(1) + torch.cat([-high, low], dim=-1) * given["sin"].unsqueeze(1)
+    torch.testing.assert_close(query, hadamard_transform(turned[:, :3]))
+    keys, values = given["caches"]
+    assert torch.equal(unpack_int4(keys[:, :, 2:5]), codes_of(hadamard_transform(turned[:, 3:4]), 0.5))
+    assert torch.equal(unpack_int4(values[:, :, 2:5]), codes_of(mixed[:, 4:], 0.25))
+    for cache in (keys, values):
+        assert bool((cache[:, :, :2] == 7).all())
+        assert bool((cache[:, :, 5:] == 7).all())
+
+
+def test_what_lies_past_the_end_of_the_cache_is_dropped():
+    given = projection() | {"place": counter(5)}
+    query = split_heads(**given)
+    assert torch.equal(query, split_heads(**projection()))
+    values = given["caches"][1]
+    assert torch.equal(unpack_int4(values[:, :, 5]), codes_of(given["x"].view(2, 3, 5, 16)[:, :1, 4], 0.25))
+    assert bool((values[:, :, :5] == 7).all())
+
+
+def test_channel_scales_and_norms_come_before_the_rotary_embedding():
+    given, scale = projection() | {"hadamard": False}, 0.5 + torch.rand(80, generator=torch.Generator().manual_seed(2))
+    gains = tuple(heads(2, 16, seed=3))
+    query = split_heads(**given, channel_scale=scale, gains=gains, eps=1e-3)
+    mixed = (given["x"] * scale).view(2, 3, 5, 16)
+    parts = zip((mixed[:, :, :3], mixed[:, :, 3:4]), gains, strict=True)
+    normed = [F.rms_norm(part, (16,), gain, 1e-3) for part, gain in parts]
+    plain = projection() | {"hadamard": False, "x": torch.cat([*normed, mixed[:, :, 4:]], dim=2).flatten(2)}
+    assert torch.equal(query, split_heads(**plain))
+    for found, wanted in zip(given["caches"], plain["caches"], strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +129,25 @@ def test_what_is_stored_is_rotated_and_quantized_and_the_rest_is_left():
         ({"query": heads(2, 4, 3, 16).double()}, "contiguous query"),
         ({"query": heads(2, 3, 4, 16).transpose(1, 2)}, "contiguous query"),
         ({"query": heads(2, 3, 3, 16)}, "dividing the query's"),
-        ({"query": heads(2, 4, 3, 24)}, "16, 32, 64 or 128"),
+        ({"query": heads(2, 4, 3, 24)}, "32, 64 or 128"),
         ({"query": heads(2, 4, 10, 16)}, "9 places"),
         ({"keys": torch.zeros(2, 2, 9, 8)}, "uint8"),
-        ({"key_scale": torch.ones(1)}, r"key_scale must be float32 \[2\]"),
-        ({"length": torch.tensor([7])}, "length must be int32"),
-        ({"start": counter(0)}, r"start must be int32 \[2\]"),
+        ({"key_scale": torch.ones(1)}, r"key_scale must be contiguous float32 \[2\]"),
+        ({"length": torch.tensor([7])}, "length must be contiguous int32"),
+        ({"start": counter(0)}, r"start must be contiguous int32 \[2\]"),
         ({"prefix": tuple(heads(2, 1, 2, 16))}, r"prefix must be \[2, P, 16\]"),
+        ({"prefix": (heads(2, 2, 16), heads(2, 3, 16))}, "as many keys as values"),
+        ({"prefix": tuple(heads(2, 2, 2, 16).transpose(1, 2))}, "prefix must be contiguous"),
+        ({"prefix": tuple(torch.empty(2, 2, 2, 16, device="meta"))}, "prefix on meta"),
         ({"splits": 0}, "splits"),
+        ({"filled": 2}, "filled must lie between 3 and 9, got 2"),
+        ({"filled": 10}, "filled must lie between 3 and 9, got 10"),
+        ({"out_scale": torch.ones(1)}, "out_scale must be a float32 scalar"),
+        ({"out_scale": torch.ones((), dtype=torch.float64)}, "out_scale must be a float32 scalar"),
+        ({"out_scale": torch.ones(()), "out_bits": 5}, "out_bits 4 or 8"),
+        ({"out_scale": torch.ones((), device="meta")}, "out_scale on meta"),
+        ({"start": torch.zeros(2, dtype=torch.int32, device="meta")}, "start on meta"),
+        ({"key_scale": torch.ones(1).expand(2)}, "key_scale must be contiguous"),
         ({"value_scale": torch.ones(2, device="meta")}, "one device"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -100,52 +157,79 @@ def test_wrong_input_is_refused_before_anything_runs(change, message):
         kv_attention(**(arguments() | change))
 
 
+def caches(*shape, device=None):
+    return tuple(torch.zeros(2, *shape, dtype=torch.uint8, device=device))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": heads(1, 2, 3, 15)}, "C even"),
-        ({"scale": torch.ones(3)}, r"float32 \[2\]"),
-        ({"packed": torch.zeros(1, 2, 6, 4, dtype=torch.uint8)}, r"places, 8\]"),
-        ({"place": torch.tensor(0)}, "int32"),
-        ({"cos": torch.zeros(1, 3, 16)}, "needs cos and sin"),
-        ({"hadamard": True}, "R3 comes after"),
-        ({"cos": torch.zeros(1, 4, 16), "sin": torch.zeros(1, 4, 16)}, r"\[1 or 1, 3, 16\]"),
+        ({"x": heads(2, 3, 80).double()}, "contiguous"),
+        ({"x": heads(6, 80)}, r"\[B, T, channels\]"),
+        ({"x": heads(3, 2, 80).transpose(0, 1)}, "contiguous"),
+        ({"x": heads(2, 3, 72)}, "got 72 channels"),
+        ({"x": heads(2, 3, 32)}, "more than 2 of them"),
+        ({"caches": caches(2, 1, 6, 12)}, "32, 64 or 128"),
+        ({"caches": caches(2, 6, 8)}, "caches must be alike"),
+        ({"caches": (*caches(2, 1, 6, 8)[:1], *caches(2, 1, 7, 8)[:1])}, "caches must be alike"),
+        ({"caches": caches(1, 1, 6, 8)}, r"uint8 \[2, 1, places, 8\]"),
+        ({"caches": caches(2, 1, 6, 8, device="meta")}, "cache on meta"),
+        ({"caches": tuple(torch.zeros(2, 2, 1, 6, 8))}, "contiguous uint8"),
+        ({"scales": (torch.ones(1), torch.ones(2))}, r"scales must be contiguous float32 \[1\]"),
+        ({"scales": (torch.ones(1).double(), torch.ones(1))}, r"scales must be contiguous float32 \[1\]"),
+        ({"place": torch.tensor(0)}, r"place must be contiguous int32 \[1\]"),
+        ({"place": torch.zeros(1, dtype=torch.int32, device="meta")}, "place on meta"),
+        ({"cos": torch.zeros(2, 3, 8)}, r"\[2 or 1, 3, 16\]"),
+        ({"sin": torch.zeros(2, 4, 16)}, r"\[2 or 1, 3, 16\]"),
+        ({"sin": torch.zeros(1, 3, 16)}, "alike"),
+        ({"cos": torch.zeros(1, 3, 16)}, "alike"),
+        ({"sin": torch.zeros(2, 3, 16).double()}, "torch.float64"),
+        ({"sin": torch.zeros(3, 2, 16).transpose(0, 1)}, "alike"),
+        ({"channel_scale": torch.ones(16)}, r"channel_scale must be contiguous float32 \[80\]"),
+        ({"channel_scale": torch.ones(1).expand(80)}, r"channel_scale must be contiguous float32 \[80\]"),
+        ({"channel_scale": torch.ones(80, device="meta")}, "channel_scale on meta"),
+        ({"gains": (torch.ones(16), torch.ones(80))}, r"gains must be contiguous float32 \[16\]"),
+        ({"gains": (torch.ones(16).bfloat16(), torch.ones(16))}, r"gains must be contiguous float32 \[16\]"),
+        ({"gains": (torch.ones(16), torch.ones(16, device="meta"))}, "gain on meta"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
-def test_wrong_input_of_the_cache_is_refused(change, message):
-    given = {
-        "x": heads(1, 2, 3, 16),
-        "scale": torch.ones(2),
-        "packed": torch.zeros(1, 2, 6, 8, dtype=torch.uint8),
-        "place": counter(0),
-    }
+def test_wrong_input_of_split_heads_is_refused_before_anything_runs(change, message):
+    given = projection() | change
     with pytest.raises(KernelInputError, match=message):
-        store_heads(**(given | change))
+        split_heads(**given)
+    assert all(bool((cache == 7).all()) for cache in given["caches"] if "caches" not in change)
 
 
 def test_kernels_match_the_references_in_the_interpreter():
     pytest.importorskip("triton")
     script = Path(__file__).with_name("interpreted_kv_attention.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["rotate", "matches", "attention", "matches"]
+    assert done.stdout.split() == ["split", "matches", "dequantize", "matches", "attention", "matches"]
 
 
 @pytest.mark.parametrize("rows", [16, 64], ids=["decode", "prefill"])
 def test_attention_compiles_for_hopper(rows):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     from prefixquant.kernels.kv_attention.kernel import attention_kernel
 
-    constants = {"SPLITS": 4, "G": 4, "C": 128, "BM": rows, "BN": 64, "BP": 16, "STARTS": True}
+    constants = {"SPLITS": 4, "G": 4, "C": 128, "BM": rows, "BN": 64, "BP": 16, "STARTS": True, "ASM": True}
     types = ["*bf16", "*u8", "*u8", "*fp32", "*fp32", "*i32", "*i32", "*bf16", "*bf16", "*fp32", "*fp32", "*fp32"]
     types += ["i32"] * 4 + ["fp32"]
-    signature = dict(zip(attention_kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
-    aligned = {(index,): [["tt.divisibility", 16]] for index in range(12)}
-    source = ASTSource(attention_kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options={"num_warps": 4, "num_stages": 3})
-    assert ("wgmma" if rows >= 64 else "mma.sync") in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 227 * 1024  # bytes that a block may have on Hopper
+    options = {"num_warps": 4, "num_stages": 3}
+    ptx = compiled_for_hopper(attention_kernel, types, constants | {"OVERLAP": False}, options)
+    assert ("wgmma" if rows >= 64 else "mma.sync") in ptx
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_splitting_compiles_for_hopper_and_rounds_every_product(tokens):
+    pytest.importorskip("triton")
+    from prefixquant.kernels.kv_attention.kernel import SPLIT_LAUNCH, split_kernel
+
+    constants = {"HQ": 32, "H": 8, "SCALED": True, "NORM": False, "HADAMARD": True, "OVERLAP": False, "C": 128}
+    constants["BT"] = 16 if tokens <= 16 else 64
+    types = ["*bf16", "*fp32", *["*bf16"] * 5, "*fp32", "*fp32", "*i32", "*bf16", "*u8", "*u8", "i32", "i32", "fp32"]
+    ptx = compiled_for_hopper(split_kernel, [*types, "i32", "i32"], constants, SPLIT_LAUNCH)
+    assert "mma" in ptx
+    assert "fma.rn.bf16" not in ptx

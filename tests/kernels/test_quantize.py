@@ -79,6 +79,9 @@ def test_wrong_input_is_refused_before_anything_runs(change, message):
 def test_kernels_match_the_references_in_the_interpreter():
     pytest.importorskip("triton")
     script = Path(__file__).with_name("interpreted_linear.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["quantize", "matches", "linear", "matches", "hadamard", "matches"]
+    assert done.stdout.split() == [
+        *("quantize", "matches", "linear", "matches", "few", "rows", "match", "many", "rows", "match"),
+        *("hadamard", "matches"),
+    ]

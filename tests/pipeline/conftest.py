@@ -109,3 +109,12 @@ def done(world: World, finished: World) -> World:
     """A world of the same model and texts with the store of the finished run."""
     shutil.copytree(finished.store_path, world.store_path)
     return world
+
+
+@pytest.fixture(scope="module")
+def finished_copy(tmp_path_factory: pytest.TempPathFactory, finished: World) -> World:
+    """A copy of the finished world for the tests of one file, which may run more in it."""
+    world = World(tmp_path_factory.mktemp("copy"))
+    shutil.copytree(finished.model, world.model)
+    shutil.copytree(finished.store_path, world.store_path)
+    return world

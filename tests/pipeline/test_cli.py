@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import tiny
+from lm_eval_tasks import write_tasks
 
 from prefixquant.pipeline.cli import main
 
@@ -118,6 +119,11 @@ def test_wrong_input_that_a_task_finds_is_status_2(run):
         (("fly",), "fly"),
         (("eval", "nowhere.gguf", "--set", "python-docs"), "nowhere.gguf"),
         (("eval", "somewhere"), "--text"),
+        (("eval", "somewhere", "--set", "python-docs", "--limit", "3"), "--limit is for tasks"),
+        (("eval", "somewhere", "--tasks", "a", "--include-path", "./nowhere"), "--include-path"),
+        (("eval", "somewhere", "--set", "python-docs", "--shards", "0"), "--shards must be at least 1"),
+        (("eval", "somewhere", "--set", "python-docs", "--gpus", "9", "--device", "cpu"), "--gpus 9"),
+        (("compare", "nobody"), "nobody"),
         (("show", "nothing"), "nothing"),
         (("gc", "--forget", "nobody"), "nobody"),
     ],
@@ -180,6 +186,33 @@ def test_eval_measures_the_original_and_what_a_run_saved(command, run, done):
         assert answer.json["ppl"] == pytest.approx(wanted, rel=1e-4)
         assert (answer.json["tokens"], answer.json["windows"]) == (4 * 31, 4)
     assert f"perplexity {summary['ppl']:.1f}" in command("eval", out, *options).stdout
+
+
+def test_eval_measures_tasks_in_one_process_and_in_two_alike(command, run, done):
+    out, folder = done.folder / "out", write_tasks(done.folder / "tasks", documents=40)
+    settings = ("evaluate.tasks=[choice]", f"evaluate.task_folder={folder}", "evaluate.full_precision=false")
+    summary = run("--json", "--out", out, *settings, "evaluate.max_windows=null").json
+    options = ("--text", done.text, "--window", 32, "--tasks", "choice,whole", "--include-path", folder)
+    alone, shared = (command("eval", out, *options, "--shards", shards, "--json") for shards in (1, 2))
+    assert (alone.status, shared.status) == (0, 0)
+    assert shared.json == alone.json
+    assert alone.json["ppl"] == pytest.approx(summary["ppl"], rel=1e-4)
+    (choice, whole) = alone.json["tasks"]
+    (of_run,) = summary["tasks"]
+    assert choice == {name: value for name, value in of_run.items() if name != "model"}
+    assert whole["metrics"]["word_perplexity"] > 1
+    shown = command("eval", out, "--tasks", "choice", "--include-path", folder, "--limit", 4).stdout
+    assert "acc_norm" in shown
+
+
+def test_compare_prints_runs_and_their_numbers(command, run, done):
+    first = run("--json").json["run_id"]
+    second = run("quantize.activations.bits=8", "--json").json["run_id"]
+    store = ("--store", done.store_path)
+    shown = command("compare", first, second, *store).stdout
+    assert all(text in shown for text in (first, second, "W4 A8 K4 V4 static", "ppl evaluation.jsonl, quantized"))
+    records = command("compare", first, second, *store, "--json").json["runs"]
+    assert [record["run_id"] for record in records] == [first, second]
 
 
 def test_runs_show_and_gc_speak_of_the_store(command, run, done):

@@ -89,6 +89,24 @@ def test_equal_work_under_two_names_has_one_key():
     assert graph.input_keys("c") == {"x0": (graph.key("a"), graph.key("b"))}
 
 
+def test_merging_parts_has_the_key_of_the_whole_and_runs_on_the_parts():
+    whole = Graph([node("source"), node("end", "source")])
+    for count in (2, 5):
+        parts = [node(f"part{i}", "source", config=Config(i)) for i in range(count)]
+        merged = replace(node("end", tuple(part.name for part in parts)), key_inputs={"x0": "source"})
+        graph = Graph([merged, node("source"), *parts])
+        assert graph.key("end") == whole.key("end")
+        assert graph.parents("end") == tuple(part.name for part in parts)
+        assert graph.input_keys("end") == {"x0": tuple(graph.key(part.name) for part in parts)}
+        assert graph.order[-1] == "end"
+        assert "end" not in graph.consumers("source")
+
+
+def test_what_a_key_is_made_of_must_be_in_the_graph():
+    with pytest.raises(GraphError, match="'a' refers to 'ghost'"):
+        Graph([replace(node("a"), key_inputs={"x0": "ghost"})]).check()
+
+
 def test_looking_at_a_graph_imports_neither_torch_nor_ray():
     code = "import sys, prefixquant.pipeline.plan; sys.exit(bool({'torch', 'ray', 'mlflow'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

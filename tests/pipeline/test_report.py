@@ -17,6 +17,7 @@ SMALL = {
     "perplexity": [{"model": "quantized", "text": "c4", "ppl": 12.344, "tokens": 99}],
     "blocks": [{"error": 0.25, "error_before_search": 0.5}],
     "training": None,
+    "tasks": [],
 }
 SEARCHED = {"error": 0.25, "error_before_search": 0.5, "search": {}}
 
@@ -66,10 +67,11 @@ def test_every_variant_has_a_label_of_its_own(tmp_path):
         "evaluate[quantized,c4]": "quantized",
         "evaluate[quantized,a,b]/without_prefix": "quantized without prefix",
         "evaluate[quantized,[1].txt]/untrained": "quantized without training",
+        "evaluate[quantized,c4]/sequential": "quantized, trained in sequence",
     }
     found = report(tmp_path, blocks=[SEARCHED], **dict.fromkeys(nodes, measured)).record["perplexity"]
     assert [each["model"] for each in found] == list(nodes.values())
-    assert [each["text"] for each in found] == ["c4", "c4", "a,b", "[1].txt"]
+    assert [each["text"] for each in found] == ["c4", "c4", "a,b", "[1].txt", "c4"]
 
 
 def test_without_training_there_is_neither_table_nor_plot(tmp_path):
@@ -96,8 +98,18 @@ def test_segments_second_attempts_and_gptq_are_spoken_of(tmp_path):
     blocks = [trained(0, loss_gptq=0.4), trained(1, loss_gptq=0.3, learning_rate_factor=0.5, divergence=divergence)]
     text = report(tmp_path, segments=2, blocks=blocks, searched=[SEARCHED] * 2).files["report.md"].decode()
     assert "trained in 2 segments" in text
+    assert "evaluate.sequential=true" in text
     assert f"Block 1 was trained at 0.5 of the learning rates: {divergence}." in text
     assert "| 1 | 3 | 0.5 | 0.3 | 2 of 3 | 4.5 |" in text
+
+
+def test_what_segments_cost_is_said_where_it_was_measured(tmp_path):
+    evaluated = {"evaluate[quantized,c4]": {"ppl": 11.0, "tokens": 9}}
+    evaluated["evaluate[quantized,c4]/sequential"] = {"ppl": 10.0, "tokens": 9}
+    found = report(tmp_path, segments=2, blocks=[trained(0)], searched=[SEARCHED], **evaluated)
+    text = found.files["report.md"].decode()
+    assert "On c4 segments change the perplexity from 10.00 to 11.00 (+10.0 %)." in text
+    assert "was not measured" not in text
 
 
 @pytest.mark.parametrize("blocks", [[trained(0)], [trained(0, loss_after=0.0), trained(1)]], ids=["one", "zero-loss"])

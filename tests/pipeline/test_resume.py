@@ -5,21 +5,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
 import mlflow
 import pytest
 import tiny
+from disturbed import SLOW, wait_until
+from nodes import MARK, marked
 
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.run import RunFailedError, RunOptions, run_recipe
 
 BLOCKS = 8
-MARK = "PREFIXQUANT_TEST_MARK"
-SLOW = "search={coarse_points: 60, fine_points: 30, weight_points: 4}"
-"""About a second a block."""
 
 
 def stored_blocks(world) -> dict[str, int]:
@@ -29,26 +27,6 @@ def stored_blocks(world) -> dict[str, int]:
         if json.loads(path.read_text())["meta"]["task"] == "block":
             found[path.parent.name] = path.stat().st_mtime_ns
     return found
-
-
-def marked(mark: str) -> dict[int, str]:
-    """Return the processes, with their command lines, that have the mark in their environment."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it ended meanwhile, or belongs to somebody else
-    return found
-
-
-def wait_until(condition, seconds: float = 60, shown=lambda: "") -> None:
-    """Return when the condition holds; fail after so many seconds, with what `shown` gives."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain: {shown()}"
-        time.sleep(0.05)
 
 
 @pytest.fixture

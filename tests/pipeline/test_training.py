@@ -56,7 +56,7 @@ def test_a_trained_recipe_adds_its_windows_its_segments_and_what_they_yield(done
 
 def test_what_only_says_how_to_work_changes_no_key(done):
     before = done.keys(TRAIN)
-    assert done.keys(TRAIN, "train.checkpoint_seconds=5", "train.offload_to_disk=true") == before
+    assert done.keys(TRAIN, "train.checkpoint_seconds=5", "train.offload_to_disk=true", "train.sharding=zero") == before
     assert done.keys(TRAIN, "train.epochs=5")["trained[0]"] != before["trained[0]"]
 
 
@@ -67,6 +67,22 @@ def test_the_place_of_gptq_is_the_search_or_the_end_of_training(done):
     assert done.keys(TRAIN, "gptq={training: start}")["block[0]"] != nearest["block[0]"]
     with pytest.raises(ConfigError, match=r"quantize\.weights is off; set gptq=off"):
         done.recipe("gptq={}", "quantize.weights=off")
+
+
+def test_what_segments_cost_is_measured_against_training_in_sequence(done):
+    change = (TRAIN, "train.segments=2", "evaluate.sequential=true")
+    graph, plain = done.graph(*change), done.graph(TRAIN)
+    sequential = "evaluate[quantized,evaluation.jsonl]/sequential"
+    assert graph.nodes[sequential].inputs["blocks"] == ("trained[0]/sequential", "trained[1]/sequential")
+    for block in (0, 1):  # a run without segments has them already
+        assert graph.key(f"trained[{block}]/sequential") == plain.key(f"trained[{block}]")
+    with pytest.raises(ConfigError, match=r"evaluate\.sequential .* there are no segments"):
+        done.recipe(TRAIN, "evaluate.sequential=true")
+    run_inline(done.recipe(*change), done.store)
+    report = load_artifact(done.store, graph.key("report"))
+    ppl = {each["model"]: each["ppl"] for each in report.record["perplexity"]}
+    said = f"from {ppl['quantized, trained in sequence']:.2f} to {ppl['quantized']:.2f}"
+    assert said in report.files["report.md"].decode()
 
 
 def test_more_segments_than_blocks_are_refused(done):
@@ -105,7 +121,7 @@ def test_segments_train_at_the_same_time_and_polish_starts_from_what_they_found(
     graph, events = done.graph(*change), []
     assert execute(graph, targets(graph), done.store, ray_session, on_event=events.append).ok
     ends = [(event.kind, event.node) for event in events if event.task == "train" and event.kind != "progress"]
-    assert ends[:2] == [("submitted", "train[0]"), ("submitted", "train[1]")]
+    assert sorted(ends[:2]) == [("submitted", "train[0]"), ("submitted", "train[1]")]
     segments = [load_artifact(done.store, graph.key(f"trained[{block}]")).record for block in (0, 1)]
     polished = records(done, *change)
     assert graph.nodes["export"].inputs["blocks"] == ("polished[0]", "polished[1]")

@@ -122,13 +122,13 @@ def test_weight_gradients_keep_the_type_of_the_product_where_they_may():
         assert torch.equal(gradient.float(), wanted[name]), name  # no digit is lost
 
 
-class TwoRanks(SingleRank):
-    size = 2
+class Hooked(SingleRank):
+    compiles = False
 
 
-def test_always_compiling_is_refused_with_several_ranks():
+def test_always_compiling_is_refused_where_it_cannot_be():
     config = TrainConfig(compile="always", sequences=4, validation_sequences=0, batch_size=4)
     data = BlockData(*([Stream(each, tiny.CPU) for each in batch()][:1]), targets=())
     block = losses_of()[0].block
-    with pytest.raises(ConfigError, match="one rank a block, got 2"):
-        train_block(block, [], data, None, None, config, TwoRanks(), seed=0, loss=mse)
+    with pytest.raises(ConfigError, match=r"not go with train\.sharding=zero"):
+        train_block(block, [], data, None, None, config, Hooked(), seed=0, loss=mse)

@@ -7,7 +7,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefixquant.tasks.errors import ConfigError, NumericalError
-from prefixquant.tasks.evaluate import Perplexity, PerplexityConfig, model_perplexity, perplexity
+from prefixquant.tasks.evaluate import (
+    Perplexity,
+    PerplexityConfig,
+    block_nlls,
+    merge_perplexity,
+    model_nlls,
+    model_perplexity,
+    perplexity,
+    share_of,
+)
 from prefixquant.tasks.find_prefix import prefix_key_values
 from prefixquant.tasks.model.block import Block, Prefix
 from prefixquant.tasks.rotate import Ends, RotateConfig
@@ -105,3 +114,40 @@ def test_nan_in_a_whole_model_is_an_error():
 def test_impossible_protocol_is_refused(settings):
     with pytest.raises(ConfigError, match=f"evaluate.{next(iter(settings))} must be at least"):
         PerplexityConfig(**settings)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 9])
+def test_shares_are_whole_batches_in_order(shards):
+    windows = torch.arange(17 * 24).view(17, 24)
+    shares = [share_of(windows, shard, shards, batch_tokens=50) for shard in range(shards)]
+    assert torch.equal(torch.cat(shares), windows)
+    assert all(len(share) % 2 == 0 for share in shares[:-1])
+    batches = [math.ceil(len(share) / 2) for share in shares]
+    assert max(batches) - min(batches) <= 1
+
+
+@pytest.mark.parametrize("shards", [2, 4, 7])
+def test_shares_give_the_perplexity_of_one_to_the_bit(shards):
+    model = tiny.tiny_variant("llama")
+    windows = tiny.random_ids(17, 24)
+    shares = [share_of(windows, shard, shards, batch_tokens=50) for shard in range(shards)]
+    found = merge_perplexity([model_nlls(model, share, batch_tokens=50) for share in shares], 24)
+    assert found == model_perplexity(model, windows, batch_tokens=50)
+
+    def nlls(part: Tensor) -> Tensor:
+        blocks = [(block, None) for block in tiny.build_blocks(model)]
+        ends, eps = tiny.build_ends(model), model.config.rms_norm_eps
+        return block_nlls(blocks, ends, eps, part, device=tiny.CPU, batch_tokens=50)
+
+    assert merge_perplexity([nlls(share) for share in shares], 24) == merge_perplexity([nlls(windows)], 24)
+
+
+def test_a_share_without_windows_touches_no_block():
+    def blocks():
+        raise AssertionError("a block was asked for")
+        yield
+
+    ends = Ends(torch.randn(50, 8), torch.ones(8), torch.zeros(50, 8))
+    empty = torch.empty(0, 24, dtype=torch.long)
+    assert block_nlls(blocks(), ends, 1e-5, empty, device=tiny.CPU).shape == (0,)
+    assert model_nlls(None, empty).dtype == torch.float64

@@ -16,6 +16,7 @@ ALONE = {
     "r2-orthogonal": {"r2": "orthogonal"},
     "r3": {"r3": True},
     "r4": {"r4": True},
+    "r4-blocks": {"r4": True, "r4_block": 16},
 }
 OFF = {"r1": None, "r2": None, "r3": False, "r4": False}
 
@@ -135,3 +136,32 @@ def test_check_rotations_names_the_setting_to_change(key, sizes, rotate):
     check_rotations(config, RotateConfig(r1="orthogonal", r2="orthogonal", r3=False, r4=False))
     with pytest.raises(UnsupportedModelError, match=rf"rotate\.{key}: no Hadamard matrix .*set rotate\.{key}="):
         check_rotations(config, rotate)
+
+
+def test_blocks_of_r4_rotate_no_further_than_a_block():
+    plain, blocks = (
+        rotated(tiny.tiny_variant("llama"), RotateConfig(**(OFF | each))) for each in ({}, {"r4": True, "r4_block": 16})
+    )
+    before, after = (weights["mlp.down_proj.weight"].unflatten(1, (-1, 16)) for weights in (plain, blocks))
+    torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1))
+    assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r4_block": 48}, r"rotate\.r4_block must be one of 16, 64, 128, 256, 512, got 48"),
+        ({"r4_block": 32}, r"rotate\.r4_block must be one of .* got 32"),
+        ({"r4": False, "r4_block": 16}, r"rotate\.r4_block is the size of R4, which is off"),
+    ],
+)
+def test_r4_block_that_no_engine_runs_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        RotateConfig(**settings)
+
+
+def test_r4_block_that_does_not_divide_the_channels_is_refused_with_one_that_does():
+    config = tiny.tiny_config("llama")
+    check_rotations(config, RotateConfig(r4_block=16))
+    with pytest.raises(ConfigError, match=r"rotate\.r4_block 64 does not divide intermediate_size 96; use 16"):
+        check_rotations(config, RotateConfig(r4_block=64))

@@ -21,6 +21,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-w4a8": ("qwen2-tied", PREFIX | {"quantize": {"activations": {"bits": 8}}}),
     "llama-w8a8": ("llama", PREFIX | {"quantize": {"weights": {"bits": 8}, "activations": {"bits": 8}}}),
     "llama-w4a16": ("llama", {"prefix": {"tokens": []}, "quantize": {"activations": "off"}}),
+    "llama-r4-blocks": ("llama", PREFIX | {"rotate": {"r4_block": 16}}),
+    "qwen3-r4-blocks": ("qwen3", PREFIX | {"rotate": {"r4_block": 16}, "quantize": {"activations": TOKEN}}),
     "llama-no-rotation": ("llama", PREFIX | {"rotate": {"r3": False, "r4": False}}),
 }
 

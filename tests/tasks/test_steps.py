@@ -101,6 +101,16 @@ def test_load_state_dict_refuses_the_state_of_another_module():
         stepper.load_state_dict(state)
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_batch_that_passes_in_parts_takes_the_same_steps(parts):
+    whole, cut = Regression(), Regression()
+    expected, got = train(stepper_of(whole), data(6)), train(stepper_of(cut, parts=parts), data(6))
+    # Sums in another order, which six steps of Adam amplify: its first ones divide by |gradient|.
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=2e-5, atol=1e-6)
+    for mine, other in zip(cut.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_follows_full_precision(precision):
     # The loss is near 1: half precision rounds activations by 0.4 %, and fp16 may skip its first steps for overflow.

@@ -6,14 +6,17 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from prefixquant.tasks.calibrate import CalibrateConfig, calibrate_blocks
 from prefixquant.tasks.errors import NumericalError
 from prefixquant.tasks.losses import LOSSES, mse
+from prefixquant.tasks.model.block import Block
+from prefixquant.tasks.model.sites import OnlineTransforms, head_size
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, QuantizeConfig, WeightSpec
 from prefixquant.tasks.model.trainable import make_trainable
 from prefixquant.tasks.quantize_block import quantize_block
-from prefixquant.tasks.rotate import RotateConfig
+from prefixquant.tasks.rotate import RotateConfig, rotate_block
 from prefixquant.tasks.search import SearchConfig
 from prefixquant.tasks.steps import SingleRank
 from prefixquant.tasks.streams import Stream
@@ -203,7 +206,9 @@ def test_a_loss_that_explodes_is_tried_once_more_at_half_the_rates():
         bad = len(calls) == 40  # in the second epoch of the first attempt
         return mse(output, target) * (torch.nan if bad else 1.0)
 
-    result = problem.run(loss=loss)
+    said = []
+    result = problem.run(loss=loss, on_divergence=lambda block, where: said.append((block, where)))
+    assert said == [(0, result.divergence)]
     assert result.learning_rate_factor == 0.5
     assert "the loss is nan" in result.divergence
     assert len(result.epochs) == CONFIG.epochs
@@ -262,3 +267,30 @@ def test_a_checkpoint_of_the_second_attempt_is_not_lost():
     assert again.learning_rate_factor == 0.5
     assert again.divergence == result.divergence
     assert again.loss_after == result.loss_after
+
+
+@pytest.mark.real_model
+def test_training_lowers_the_loss_of_a_real_block_on_tokens_it_did_not_see(smollm2_model: PreTrainedModel):
+    config, family, rotate = smollm2_model.config, tiny.family_of(smollm2_model), RotateConfig()
+    weights = tiny.block_weights(smollm2_model, 0)
+    weights = rotate_block(weights, family, head_size(config), 0, rotate, dtype=torch.float32, device=tiny.CPU)
+    transforms, quantize = OnlineTransforms(r3=rotate.r3, r4=rotate.r4), QuantizeConfig()
+    block = Block(config, family, 0, weights, transforms=transforms, quantize=quantize, device=tiny.CPU)
+    embedding = tiny.build_ends(smollm2_model, rotate).embedding
+    _, prefix = block.prefix_states(embedding[[260, 216, 1]].unsqueeze(0))
+    ids = torch.randint(config.vocab_size, (24, 64), generator=torch.Generator().manual_seed(0))
+    stream = embedding[ids]
+    with block.only():
+        target = block(stream, prefix)
+    train, unseen = (
+        BlockData(Stream(stream[part], tiny.CPU), (Stream(target[part], tiny.CPU),))
+        for part in (slice(0, 16), slice(16, 24))
+    )
+    whole = (prefix[0].unsqueeze(0), prefix[1].unsqueeze(0))
+    ranges = calibrate_blocks([block], whole, stream[:16], CalibrateConfig(), batch_size=8, device=tiny.CPU)[0]
+    originals = {role: weights[f"{role}.weight"].clone() for role in family.linears}
+    found = quantize_block(block, ranges, stream[:16], prefix, quantize.weights, None, batch_size=8)
+    trainables = make_trainable(block, originals, found.weights, quantize.weights)
+    config = replace(CONFIG, epochs=2, scale_learning_rate=1e-3, weight_learning_rate=1e-2)
+    result = train_block(block, trainables, train, unseen, prefix, config, SingleRank(), seed=0, loss=mse)
+    assert result.loss_after < 0.9 * result.loss_before

@@ -1,3 +1,5 @@
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from prefixquant.tasks.model.quantizer import (
     weight_scale,
 )
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, WeightSpec
+from prefixquant.tasks.model.trainable import WeightQuantizer
 
 HALF = 0.5 + 1e-4  # of a scale; float32 roundings on top
 BITS = pytest.mark.parametrize("bits", range(2, 9))
@@ -187,3 +190,104 @@ def test_group_size_that_does_not_divide_is_refused():
         SiteQuantizer(ActivationSpec(granularity="group", group_size=9), 24)
     with pytest.raises(ConfigError, match="group_size 9 does not divide the 24 inputs"):
         weight_scale(torch.ones(4, 24), WeightSpec(granularity="group", group_size=9))
+
+
+class Frozen:
+    """A site in float64 with every rounding replaced by what it added at one point, so that derivatives exist."""
+
+    def __init__(self, quantizer: SiteQuantizer, x: Tensor) -> None:
+        self.quantizer = quantizer
+        self.bounds = code_range(quantizer.spec.bits, quantizer.spec.symmetric)
+        y, scale, zero = self._grid(x, quantizer.state_dict())
+        raw = (y / scale).round() + zero.round()
+        self.inside = (raw >= self.bounds[0]) & (raw <= self.bounds[1])
+        self.bound, self.offset, self.zero_offset = raw.clamp(*self.bounds), (y / scale).round() - y / scale, 0.0
+        if quantizer.spec.mode == "static":
+            self.zero_offset = zero.round() - zero
+
+    def _grid(self, x: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        spec, y = self.quantizer.spec, self.quantizer.grouped(x)
+        if spec.mode == "static":
+            return y, values["scale"].double(), values["zero_point"].double()
+        dims = (1, 3) if self.quantizer.heads and spec.granularity == "token" else (-1,)
+        low, high = (bound(dims, keepdim=True) * values["clip_ratio"].double() for bound in (y.amin, y.amax))
+        if spec.symmetric:
+            scale = 2 * torch.maximum(low.abs(), high.abs()) / (2**spec.bits - 1)
+            return y, scale, torch.zeros_like(scale)
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        scale = (high - low) / (2**spec.bits - 1)
+        return y, scale, (-low / scale).round()  # whole, and so without a gradient
+
+    def __call__(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        y, scale, zero = self._grid(x, values)
+        zero = zero + self.zero_offset
+        code = torch.where(self.inside, y / scale + self.offset + zero, self.bound)
+        return ((code - zero) * scale).reshape(x.shape)
+
+
+SITES = [("activations", name) for name in ACTIVATIONS] + [("keys", name) for name in KEY_VALUES]
+
+
+@SYMMETRY
+@pytest.mark.parametrize(("kind", "name"), SITES, ids=lambda value: value)
+def test_site_gradients_are_finite_differences_with_rounding_frozen(kind, name, symmetric):
+    heads = 2 if kind == "keys" else None
+    options = (KEY_VALUES if heads else ACTIVATIONS)[name]
+    spec = (KeyValueSpec if heads else ActivationSpec)(symmetric=symmetric, **options)
+    x = skewed(*((3, 2, 5, 16) if heads else (3, 5, 16))).double()
+    quantizer = calibrated(SiteQuantizer(spec, 16, heads), x)
+    for parameter, value in quantizer.named_buffers():
+        # Narrow enough that values lie on either side of both ends of the range; a zero point between whole numbers.
+        setattr(quantizer, parameter, value.double() + 0.2 if parameter == "zero_point" else 0.6 * value.double())
+    names = [each for each, _ in quantizer.named_buffers() if each != "zero_point" or not symmetric]
+    frozen, generator = Frozen(quantizer, x), torch.Generator().manual_seed(1)
+    assert 0 < frozen.inside.double().mean() < 1
+    values = quantizer.state_dict()
+    leaves = {each: values[each].clone().requires_grad_() for each in names} | {"x": x.clone().requires_grad_()}
+    upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    y = torch.func.functional_call(quantizer, {each: leaves[each] for each in names}, (leaves["x"],))
+    torch.testing.assert_close(y.detach(), frozen(x, values), rtol=1e-6, atol=1e-9)
+    gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
+    for (name_, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        ends = []
+        for sign in (1e-6, -1e-6):
+            moved = values | {"x": x, name_: leaf.detach() + sign * direction}
+            ends.append((frozen(moved["x"], moved) * upstream).sum())
+        # The range of a token, from which a dynamic scale comes, is taken in float32.
+        tolerance = 1e-6 if spec.mode == "static" else 1e-4
+        torch.testing.assert_close((gradient * direction).sum(), (ends[0] - ends[1]) / 2e-6, rtol=tolerance, atol=1e-5)
+
+
+@SYMMETRY
+@pytest.mark.parametrize("grouping", [{"granularity": "tensor"}, {}, {"granularity": "group", "group_size": 8}])
+def test_weight_gradients_are_finite_differences_with_rounding_frozen(symmetric, grouping):
+    spec = WeightSpec(bits=3, symmetric=symmetric, **grouping)
+    weight = skewed(6, 24).double()
+    scale, zero = (each.double() for each in weight_scale(weight, spec, 0.6))
+    quantizer = WeightQuantizer(spec, scale, zero if symmetric else zero + 0.2)
+    groups, low_high = weight_groups(weight, spec), code_range(3, symmetric)
+    raw = (groups / scale).round() + zero
+    inside, offset, bound = (
+        (raw >= low_high[0]) & (raw <= low_high[1]),
+        raw - groups / scale - zero,
+        raw.clamp(*low_high),
+    )
+    assert 0 < inside.double().mean() < 1
+
+    def frozen(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        code = torch.where(inside, weight_groups(weight, spec) / scale + offset + zero, bound)
+        return ((code - zero) * scale).reshape(weight.shape)
+
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    leaves = [weight.clone().requires_grad_(), quantizer.scale, *([] if symmetric else [quantizer.zero_point])]
+    gradients = torch.autograd.grad(quantizer(leaves[0]), leaves, upstream)
+    at = [weight, scale, zero]
+    for index, gradient in enumerate(gradients):
+        direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+        ends = [
+            (frozen(*(each + sign * direction if i == index else each for i, each in enumerate(at))) * upstream).sum()
+            for sign in (1e-6, -1e-6)
+        ]
+        torch.testing.assert_close((gradient * direction).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-6)

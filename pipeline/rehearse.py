@@ -1,0 +1,184 @@
+"""Rehearse a run on a model of any shape with random weights: `python -m prefixquant.pipeline.rehearse`.
+
+A few blocks of a large model cost what they cost in the whole one, so a rehearsal tells memory, seconds and bytes of
+every stage before the model is there. It goes through the same graph, tasks and store as a run; without Ray (not
+installed, or `--inline`) in this process, task after task.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from prefixquant.cluster.inline_session import InlineSession
+from prefixquant.cluster.ray_session import connect
+from prefixquant.cluster.store import ArtifactStore
+from prefixquant.pipeline.artifacts import load_artifact
+from prefixquant.pipeline.build import Source, build_graph, load_node, targets
+from prefixquant.pipeline.check import Measured, StageCheck, compare, fit, table
+from prefixquant.pipeline.estimates import Shape
+from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.machines import Machine, machine_of
+from prefixquant.pipeline.recipe import load_recipe
+from prefixquant.pipeline.runner import Event, RunResult, Session, execute
+from prefixquant.pipeline.source import source_fingerprint
+from prefixquant.tasks.errors import CheckpointError, PrefixQuantError
+from prefixquant.tasks.load import LoadedModel
+from prefixquant.tasks.random_checkpoint import MIN_VOCABULARY, SHAPES, write_random_checkpoint
+
+RECIPE = "llama-3-70b-w4a4kv4-trained"
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a rehearsal found."""
+
+    graph: Graph
+    result: RunResult
+    device: str
+    checkpoint_seconds: float
+    """Of making the random checkpoint."""
+    checkpoint_bytes: int
+    checks: list[StageCheck]
+    """What the stages took, and what was predicted for this machine."""
+    fitted: Machine
+    """The machine with the rates that were found."""
+
+
+def rehearse(
+    shape: str,
+    blocks: int,
+    folder: Path,
+    *,
+    recipe: str = RECIPE,
+    overrides: Sequence[str] = (),
+    vocabulary: int = MIN_VOCABULARY,
+    inline: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Rehearsal:
+    """Make the checkpoint in `folder`, run the recipe on it and return what it cost.
+
+    Args:
+        shape: one of `SHAPES`.
+        blocks: of the model.
+        folder: gets the model and the store.
+        recipe: name or file. Its model and texts are replaced, and nothing is evaluated unless an override says so.
+        overrides: `key=value` of the recipe.
+        vocabulary: tokens of the model.
+        inline: do without Ray.
+        on_event: called with what happens.
+
+    Raises:
+        PrefixQuantError: recipe, shape or vocabulary are wrong.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    dtype = torch.bfloat16 if gpu else torch.float32
+    start = time.monotonic()
+    path = folder / "model"
+    size = write_random_checkpoint(
+        path, SHAPES[shape], blocks=blocks, vocabulary=vocabulary, dtype=dtype, device=device
+    )
+    made = time.monotonic() - start
+    if gpu:
+        torch.cuda.empty_cache()
+    own = [f"model.source={path}", "data.calibration=python-docs", "evaluate.texts=[]"]
+    checked = replace(load_recipe(recipe, [*own, *overrides]), name="rehearsal")
+    store = ArtifactStore(str(folder / "store"))
+    source = Source(path=path, fingerprint=source_fingerprint(path))
+    with _session(inline) as session:
+        loading = Graph([load_node(source)])
+        loaded = execute(loading, ["load"], store, session)
+        if not loaded.ok:
+            raise CheckpointError(str(loaded.failures[0]))
+        model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
+        machine = machine_of(session.gpu())
+        graph = build_graph(checked, source, model, machine=machine)
+        result = execute(graph, targets(graph), store, session, on_event=on_event)
+    name = torch.cuda.get_device_name(device) if gpu else "cpu"
+    sizes = Shape.of(model, model.dtype if checked.model.dtype == "auto" else checked.model.dtype, checked)
+    took = {node: Measured.of(each) for node, each in result.results.items()}
+    checks, fitted = compare(graph, took, sizes, machine), fit(graph, took, sizes, machine)
+    return Rehearsal(graph, result, name, made, size, checks, fitted)
+
+
+@contextmanager
+def _session(inline: bool) -> Iterator[Session]:
+    if inline or find_spec("ray") is None:
+        with InlineSession(device="cuda:0" if torch.cuda.is_available() else "cpu") as here:
+            yield here
+    else:
+        with connect() as cluster:
+            yield cluster
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the arguments, rehearse and print a table; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to replace")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-70b")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=MIN_VOCABULARY, help="tokens; Llama 3 has 128256")
+    parser.add_argument("--recipe", default=RECIPE)
+    parser.add_argument("--folder", type=Path, help="keep model and store here; default: a temporary folder")
+    parser.add_argument("--inline", action="store_true", help="without Ray, in this process")
+    parser.add_argument("--fit", action="store_true", help="print a record for machines.json with the rates found")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    args = parser.parse_intermixed_args(arguments)
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="prefixquant-rehearsal-"))
+    try:
+        found = rehearse(
+            args.shape,
+            args.blocks,
+            folder,
+            recipe=args.recipe,
+            overrides=args.overrides,
+            vocabulary=args.vocabulary,
+            inline=args.inline,
+            on_event=_say,
+        )
+    except PrefixQuantError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    finally:
+        if args.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"{args.shape}, {args.blocks} blocks, {found.checkpoint_bytes / 1e9:.2f} GB made in "
+        f"{found.checkpoint_seconds:.1f} s, on {found.device}, torch {torch.__version__}; "
+        f"{found.result.seconds:.1f} s in all"
+    )
+    print("\n".join(table(found.checks)))
+    gpu_bytes = max((each.device_bytes for each in found.checks), default=0)
+    host_bytes = max((each.host_bytes for each in found.checks), default=0)
+    print(f"at most {gpu_bytes / 1e9:.1f} GB on the GPU and {host_bytes / 1e9:.1f} GB in host memory")
+    if args.fit:
+        print(json.dumps(asdict(found.fitted) | {"measured": f"rehearsal of {args.blocks} blocks of {args.shape}"}))
+    for failure in found.result.failures:
+        print(f"{failure}\n{failure.detail}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"device": found.device, "stages": [each.to_json() for each in found.checks]}))
+    return 0 if found.result.ok else 1
+
+
+def _say(event: Event) -> None:
+    if event.kind in ("failed", "repaired"):
+        print(f"[{event.seconds:.1f} s] {event.node} {event.kind}: {event.message}", file=sys.stderr, flush=True)
+    elif event.kind == "progress":
+        print(f"[{event.seconds:.1f} s] {event.node} {event.message}", file=sys.stderr, flush=True)
+    elif event.kind == "done" and event.result is not None:
+        line = f"[{event.seconds:.1f} s] {event.node} {event.result.seconds:.2f} s"
+        print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

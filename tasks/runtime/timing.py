@@ -1,0 +1,55 @@
+"""Times of work on a GPU."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def record(function: Callable[[], object], repeats: int = 1) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of `repeats` calls, recorded after two calls that load what they need."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(repeats):
+            function()
+    return graph
+
+
+def median_ms(function: Callable[[], object], rounds: int = 7) -> float:
+    """Return the median time of a call in ms, by events on the device, after one call that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+def graph_us(functions: Sequence[Callable[[], object]], repeats: int = 5) -> float:
+    """Return the time in us of one of several functions, called in turn so that no cache holds their weights.
+
+    They run back to back in one CUDA graph: no time of the host is in it.
+    """
+
+    def all_of_them() -> None:
+        for function in functions:
+            function()
+
+    graph = record(all_of_them, repeats)
+    return median_ms(graph.replay) * 1e3 / (repeats * len(functions))
+
+
+def copy_rate() -> float:
+    """Return bytes a second of a copy within the GPU's memory, read and written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (median_ms(lambda: target.copy_(source)) / 1e3)

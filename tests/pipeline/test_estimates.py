@@ -1,0 +1,118 @@
+"""Predictions against figures measured on an H200 (README, docs/decisions/block-training.md)."""
+
+from dataclasses import replace
+
+import pytest
+from planned import H200, build
+
+from prefixquant.pipeline.estimates import estimate, stream_place, train_bytes, work_of
+from prefixquant.pipeline.machines import Work, find_machine
+
+MEMORY, TIME = 0.15, 0.40  # how good predictions have to be
+
+
+@pytest.mark.parametrize(
+    ("shape", "milliseconds", "gigabytes"), [("llama-3-8b", 14.9, 5.0), ("llama-3-70b", 49.1, 15.9)]
+)
+def test_a_training_step_of_a_large_block_takes_what_was_measured(shape, milliseconds, gigabytes):
+    _, sizes, recipe = build(shape, "bfloat16", "train.lookahead=0")
+    tokens = recipe.train.batch_size * recipe.train.sequence_length
+    step = Work(
+        stage="step",
+        flops={"train": 6 * sizes.parameters * tokens},
+        elements={"train": tokens * sizes.channels},
+        updates=sizes.parameters,
+        steps=1,
+    )
+    assert 1e3 * (H200.time(step) - H200.task_s) == pytest.approx(milliseconds, rel=TIME)
+    # The benchmark holds neither a best epoch nor the full-precision block.
+    bare = train_bytes(sizes, recipe.train, last=False) - 4 * sizes.parameters - sizes.block_bytes
+    assert bare / 1e9 == pytest.approx(gigabytes, rel=MEMORY)
+
+
+@pytest.mark.parametrize(("sequences", "seconds", "gigabytes"), [(128, 55, 4.9), (512, 114, 6.7)])
+def test_training_a_small_model_takes_what_was_measured(sequences, seconds, gigabytes):
+    graph, _, _ = build("smollm2-135m", "float32", f"train.sequences={sequences}", "train.epochs=5")
+    cost = graph.nodes["train[0]"].estimate
+    assert cost.seconds == pytest.approx(seconds, rel=TIME)
+    assert cost.device_bytes / 1e9 == pytest.approx(gigabytes, rel=MEMORY)
+
+
+def test_the_other_stages_of_a_small_model_take_what_was_measured():
+    graph, _, _ = build("smollm2-135m", "float32")
+    stages = ("rotate", "prefix", "calibrate", "stream", "block")
+    together = sum(node.estimate.seconds for node in graph.nodes.values() if node.task.name in stages)
+    assert together == pytest.approx(25, rel=TIME)
+
+
+def test_a_70b_model_fits_one_80_gb_gpu_and_64_gb_of_host_memory():
+    graph, _, _ = build("llama-3-70b", "bfloat16", machine=find_machine("H100"), recipe="llama-3-70b-w4a4kv4-trained")
+    assert max(node.estimate.device_bytes for node in graph.nodes.values() if node.estimate) < 80e9
+    assert max(node.estimate.host_bytes for node in graph.nodes.values() if node.estimate) < 64e9
+
+
+def test_more_ranks_need_less_memory_and_time_each():
+    graph, sizes, _ = build("llama-3-70b", "bfloat16")
+    node = graph.nodes["train[0]"]
+    one, two = (estimate(node, sizes, H200, ranks) for ranks in (1, 2))
+    assert two.device_bytes < one.device_bytes
+    assert two.seconds < one.seconds
+
+
+def test_streams_go_where_the_training_puts_them():
+    _, sizes, recipe = build("llama-3-70b", "bfloat16")
+    small = replace(H200, memory_bytes=40e9)
+    assert stream_place(sizes, recipe.train, H200)[0] == "device"
+    assert stream_place(sizes, recipe.train, small)[0] == "host"
+    assert stream_place(sizes, replace(recipe.train, offload_to_disk=True), H200)[0] == "disk"
+    assert stream_place(sizes, recipe.train, small)[1] == 2 * 576 * 1024 * 8192 * 2
+
+
+def test_streams_on_disk_are_asked_of_the_disk_and_not_of_the_host():
+    small = replace(H200, memory_bytes=40e9)
+    on_host, _, _ = build("llama-3-70b", "bfloat16", machine=small)
+    on_disk, _, _ = build("llama-3-70b", "bfloat16", "train.offload_to_disk=true", machine=small)
+    streams = 2 * 576 * 1024 * 8192 * 2
+    host, disk = (graph.nodes["train[0]"].estimate for graph in (on_host, on_disk))
+    assert (host.disk_bytes, disk.disk_bytes) == (0, streams)
+    assert host.host_bytes - disk.host_bytes == streams
+
+
+def test_what_is_switched_off_costs_nothing_and_what_is_added_costs_more():
+    plain, sizes, _ = build("llama-3-8b", "bfloat16")
+    still, _, _ = build("llama-3-8b", "bfloat16", "rotate={r1: off, r2: off, r3: off, r4: off}")
+    rounded, _, _ = build("llama-3-8b", "bfloat16", "gptq={training: start}")
+    full, _, _ = build("llama-3-8b", "bfloat16", "rotate.r1=orthogonal")
+    assert work_of(still.nodes["rotate[0]"], sizes, H200).flops == {"rotate": 0}
+    assert full.nodes["rotate[0]"].estimate.seconds > plain.nodes["rotate[0]"].estimate.seconds
+    assert rounded.nodes["block[0]"].estimate.seconds > plain.nodes["block[0]"].estimate.seconds
+
+
+def test_what_is_measured_in_parts_costs_its_share_and_the_merging_next_to_nothing():
+    whole, halves = (
+        build("llama-3-8b", "bfloat16", "evaluate.tasks=[piqa]", f"evaluate.shards={shards}")[0].nodes
+        for shards in (1, 2)
+    )
+    for kind, inside in (("evaluate", "quantized,python-docs"), ("tasks", "quantized,piqa")):
+        uncut, part = whole[f"{kind}[{inside}]"].estimate, halves[f"{kind}_part[{inside},0]"].estimate
+        assert uncut.seconds / 2 < part.seconds < uncut.seconds  # each part reads the whole model
+        assert halves[f"{kind}[{inside}]"].estimate.seconds < 0.2
+
+
+def test_a_task_holds_the_model_whole_or_its_share_of_several_gpus():
+    one, two = (
+        build("llama-3-8b", "bfloat16", "evaluate.tasks=[piqa]", f"evaluate.gpus={gpus}")[0].nodes for gpus in (1, 2)
+    )
+    name = "tasks[quantized,piqa]"
+    assert one[name].estimate.device_bytes > 2 * 8.0e9
+    assert 8.0e9 < two[name].estimate.device_bytes < one[name].estimate.device_bytes
+
+
+def test_the_gate_of_a_profile_holds_the_model_in_float32_in_host_memory():
+    checked, unchecked = (
+        build("llama-3-8b", "bfloat16", "export.profiles=[hf-exact]", f"export.verify={verify}")[0].nodes
+        for verify in ("true", "false")
+    )
+    with_gate, without = (nodes["export[hf-exact]"].estimate for nodes in (checked, unchecked))
+    assert with_gate.host_bytes > 4 * 8.0e9 > without.host_bytes
+    assert with_gate.device_bytes == without.device_bytes
