@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hopper import spilled_on_hopper
 
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.fake_quantize import fake_quantize
@@ -205,7 +206,21 @@ def test_hadamard_fake_quantize_kernels_in_the_interpreter_match_the_reference()
     script = Path(__file__).with_name("interpreted_hadamard_fake_quantize.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("matches") == 3, done.stdout
+    assert done.stdout.count("matches") == 4, done.stdout
+
+
+@pytest.mark.parametrize("n", [1536, 14336, 28672])
+def test_joined_training_kernels_fit_the_registers_of_hopper(tmp_path, n):
+    pytest.importorskip("triton")
+    from prefixquant.kernels.hadamard import train_kernel
+
+    constants = train_kernel.launch_sizes(n, swiglu=True) | {"LOW": -8, "HIGH": 7}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    for kernel, types in (
+        (train_kernel._hadamard_forward_kernel, ["*bf16"] * 4 + ["*fp32"] + ["*bf16"] * 2),
+        (train_kernel._hadamard_backward_kernel, ["*bf16"] * 6 + ["*fp32"] + ["*bf16"] * 2 + ["*fp32"]),
+    ):
+        assert spilled_on_hopper(kernel, types, constants, options, tmp_path) <= 64  # of 1020 bytes in registers
 
 
 def test_hadamard_transform_in_blocks_takes_each_block_alone():

@@ -97,7 +97,7 @@ def scenario(ranks: Ranks, name, checkpoint=None, precision="fp32", backend=None
     out = Outcome(mean=float(ranks.mean(torch.tensor(float(ranks.rank)))))
     module, groups = problem(SPECS[name], frozen=name == "frozen-weights")
     if backend is not None:
-        module._trained = torch.compile(module._loss, backend=backend, fullgraph=True, dynamic=False)
+        module._compiled = torch.compile(module._loss, backend=backend, fullgraph=True, dynamic=False)
     before = [(each, each.weight_quantizer) for each in module.modules() if isinstance(each, SiteLinear)]
     start = {name: each.detach().clone() for name, each in module.named_parameters()}
     stepper = ranks.stepper(module, groups, gradient_clip=CLIP, precision=precision)
