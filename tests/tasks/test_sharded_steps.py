@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -228,6 +229,28 @@ def test_half_precision_is_that_of_a_single_process(outcomes, single, size, prec
     assert got.tolist() != outcomes[size]["channel"].history
 
 
+def left_alone(member):
+    torch.set_num_threads(1)
+    with process_group(member, tiny.CPU, timeout_s=3):
+        ranks = ShardedRanks()
+        module, groups = problem(SPECS["channel"])
+        stepper = ranks.stepper(module, groups, gradient_clip=CLIP, precision="fp32")
+        if member.rank == 1:
+            time.sleep(8)
+            return None
+        try:
+            stepper.step(*share(data()[0], ranks))
+        except RuntimeError as err:
+            return stepper.collectives.last, err.__notes__
+
+
+def test_a_rank_whose_others_stay_away_says_in_which_collective(ray_session):
+    last, notes = run_group(left_alone, (), ranks=2, cpus=1, gpus=0, name="a rank alone")
+    gathered = "all_gather of quantized rows of block.model.layers.0.self_attn.q_proj"
+    assert last.startswith("all_gather of quantized rows of block.model.layers.0.")
+    assert notes == [f"on rank 0 of 2, in {gathered}"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -245,6 +268,8 @@ def test_a_graph_with_its_collectives_takes_the_steps_of_the_eager_loop(precisio
             for step, batch in enumerate(data()):
                 stepper.set_learning_rates([1e-3 / (step + 1)] * len(groups))
                 history.append([float(each) for each in stepper.step(*(each.to(device) for each in batch))])
+            if ranks is not None:
+                chosen.close()  # before the process group is left, which waits for the graph to be gone
         histories.append(torch.tensor(history))
     single, eager, graphed = histories
     torch.testing.assert_close(graphed, eager, rtol=1e-5, atol=0)
