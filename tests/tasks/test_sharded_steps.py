@@ -17,6 +17,7 @@ from prefixquant.tasks.model.modules import SiteLinear
 from prefixquant.tasks.model.quantizer import round_to_nearest
 from prefixquant.tasks.model.spec import QuantizeConfig, WeightSpec
 from prefixquant.tasks.model.trainable import make_trainable
+from prefixquant.tasks.model.ways import StepWays
 from prefixquant.tasks.parallel import ParameterGroup, Ranks
 from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.sharded_steps import ShardedRanks
@@ -93,10 +94,12 @@ class Outcome:
     clean: bool = False
 
 
-def scenario(ranks: Ranks, name, checkpoint=None, precision="fp32", backend=None):
+def scenario(ranks: Ranks, name, checkpoint=None, precision="fp32", backend=None, ways=None):
     """Train; look at the loss in between; rewind by writing inside whole(); go on from a checkpoint of other ranks."""
     out = Outcome(mean=float(ranks.mean(torch.tensor(float(ranks.rank)))))
     module, groups = problem(SPECS[name], frozen=name == "frozen-weights")
+    if ways is not None:
+        module.block.take_ways(ways)
     if backend is not None:
         module._compiled = torch.compile(module._loss, backend=backend, fullgraph=True, dynamic=False)
     before = [(each, each.weight_quantizer) for each in module.modules() if isinstance(each, SiteLinear)]
@@ -152,7 +155,8 @@ def compiled(member):
     torch.set_num_threads(1)
     torch._dynamo.reset()
     with process_group(member, tiny.CPU):
-        return scenario(ShardedRanks(), "channel", backend="aot_eager").history
+        ways = StepWays(joined_swiglu=True, attention="padded")
+        return scenario(ShardedRanks(), "channel", backend="aot_eager", ways=ways).history
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +191,7 @@ def test_a_share_that_passes_in_parts_gives_the_same_steps(ray_session, single):
     torch.testing.assert_close(torch.tensor(got), torch.tensor(single["channel"].history), rtol=1e-4, atol=0)
 
 
-def test_a_compiled_block_gives_the_same_steps(ray_session, single):
+def test_a_compiled_block_gives_the_same_steps_in_other_ways(ray_session, single):
     got = run_group(compiled, (), ranks=2, cpus=1, gpus=0, name="compiled rows")
     torch.testing.assert_close(torch.tensor(got), torch.tensor(single["channel"].history), rtol=1e-4, atol=0)
 
