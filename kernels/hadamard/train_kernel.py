@@ -7,6 +7,7 @@ columns at a time, which keeps what it does with them in registers.
 # mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
 
 import math
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -128,11 +129,20 @@ def takes(x: Tensor) -> bool:
 
 
 def forward_triton(
-    x_RN: Tensor, scale: Tensor, low: int, high: int, up_RN: Tensor | None = None
+    x_RN: Tensor,
+    scale: Tensor,
+    low: int,
+    high: int,
+    up_RN: Tensor | None = None,
+    sizes: Mapping[str, int | bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the transform of contiguous rows (of silu(x) * up) on the grid of a float32 scale, and the transform."""
+    """Return the transform of contiguous rows (of silu(x) * up) on the grid of a float32 scale, and the transform.
+
+    `sizes`: of the launch, others than those of `launch_sizes`.
+    """
     transformed, y = torch.empty_like(x_RN), torch.empty_like(x_RN)
-    matrices, sizes = _launch(x_RN, transposed=False, swiglu=up_RN is not None)
+    sizes = sizes or launch_sizes(x_RN.shape[1], swiglu=up_RN is not None)
+    matrices = _matrices(x_RN, transposed=False)
     _hadamard_forward_kernel[(len(x_RN),)](
         x_RN, x_RN if up_RN is None else up_RN, *matrices, scale, transformed, y,
         LOW=low, HIGH=high, **sizes,
@@ -148,12 +158,17 @@ def backward_triton(
     high: int,
     x_RN: Tensor | None = None,
     up_RN: Tensor | None = None,
+    sizes: Mapping[str, int | bool] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the gradients for x, up (None without one; x is needed with it alone) and the scale."""
+    """Return the gradients for x, up (None without one; x is needed with it alone) and the scale.
+
+    `sizes`: as in `forward_triton`.
+    """
     dx = torch.empty_like(transformed_RN)
     dup = None if up_RN is None else torch.empty_like(transformed_RN)
     dscale = torch.empty(len(dx), dtype=torch.float32, device=dx.device)
-    matrices, sizes = _launch(dx, transposed=True, swiglu=up_RN is not None)
+    sizes = sizes or launch_sizes(dx.shape[1], swiglu=up_RN is not None)
+    matrices = _matrices(dx, transposed=True)
     _hadamard_backward_kernel[(len(dx),)](
         grad_RN, transformed_RN, dx if x_RN is None else x_RN, dx if up_RN is None else up_RN,
         *matrices, scale, dx, dx if dup is None else dup, dscale,
@@ -172,11 +187,9 @@ def launch_sizes(n: int, *, swiglu: bool) -> dict[str, int | bool]:
     return sizes | {"BC": min(columns, block_b), "num_warps": 8 if block_a * block_b >= 8192 else 4, "num_stages": 1}
 
 
-def _launch(x_RN: Tensor, *, transposed: bool, swiglu: bool) -> tuple[list[Tensor], dict[str, int | bool]]:
-    """Return the matrices of both axes, the first one as the left operand, and the sizes of a launch."""
-    axes = kernel_axes(x_RN.shape[1])
-    matrices = [
+def _matrices(x_RN: Tensor, *, transposed: bool) -> list[Tensor]:
+    """Return the matrices of both axes, the first one as the left operand."""
+    return [
         hadamard_matrix(axis, x_RN.dtype, x_RN.device, transposed=turned)
-        for axis, turned in zip(axes, (not transposed, transposed), strict=True)
+        for axis, turned in zip(kernel_axes(x_RN.shape[1]), (not transposed, transposed), strict=True)
     ]
-    return matrices, launch_sizes(x_RN.shape[1], swiglu=swiglu)
