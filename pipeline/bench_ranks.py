@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--compile", action="store_true", help="torch.compile the block, where the way allows it")
     parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="seconds that a rank may be at one thing"
+        "--timeout", type=float, default=180.0, metavar="S", help="seconds that a rank may be at one thing"
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
@@ -394,9 +394,11 @@ def _next(results: Any, processes: Sequence[Any]) -> Any:
     while results.empty():
         dead = [rank for rank, each in enumerate(processes) if each.exitcode not in (None, 0)]
         if dead:
+            stuck = processes[dead[0]].exitcode == STUCK
+            if stuck:
+                time.sleep(5)  # in which the others say where they are stuck
             for each in processes:
                 each.kill()
-            stuck = processes[dead[0]].exitcode == STUCK
             sys.exit(f"rank {dead[0]} {'was stuck' if stuck else 'died'}; what it was at is said above")
         time.sleep(0.1)
     return results.get()

@@ -130,9 +130,11 @@ def _hadamard_fake_quantize_backward(
         return torch.ops.aten.silu_backward(dx * up, x).contiguous(), (dx * F.silu(x)).contiguous(), dscale
     from .train_kernel import backward_triton
 
-    rows = [None if each is None else _as_rows(each) for each in (x, up)]
+    gate, second = (None if each is None else _as_rows(each) for each in (x, up))
     with torch.cuda.device(grad.device):
-        found, dup, dscale = backward_triton(_as_rows(grad), _as_rows(transformed), scale.float(), low, high, *rows)
+        found, dup, dscale = backward_triton(
+            _as_rows(grad), _as_rows(transformed), scale.float(), low, high, gate, second
+        )
     shape = transformed.shape
     return found.view(shape), found.new_empty(0) if dup is None else dup.view(shape), dscale.to(scale.dtype)
 
