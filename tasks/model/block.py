@@ -144,11 +144,14 @@ class Block(nn.Module):
         linears = [each for role in self.family.linears if (each := self.linear(role)).shard is None]
         try:
             for each in linears:
-                each.weight_on_grid = None if each.weight_quantizer is None else each.weight_quantizer(each.weight)
+                if each.multiplies_codes:
+                    each.weight_on_grid, each.codes_on_grid = each.weight_quantizer.with_codes(each.weight)
+                elif each.weight_quantizer is not None:
+                    each.weight_on_grid = each.weight_quantizer(each.weight)
             yield
         finally:
             for each in linears:
-                each.weight_on_grid = None
+                each.weight_on_grid = each.codes_on_grid = None
 
     def forward(self, hidden_BTD: Tensor, prefix: Prefix | None) -> Tensor:
         """Return the block's output [B, T, D]; real tokens take the positions after the prefix.

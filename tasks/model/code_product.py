@@ -15,34 +15,33 @@ from prefixquant.kernels.gemm import quantized_linear
 LARGEST_BITS = 4
 
 
-def code_product(x: Tensor, weight_OI: Tensor, x_scale: Tensor, weight_scale: Tensor) -> Tensor:
+def code_product(x: Tensor, weight_OI: Tensor, codes_OI: Tensor, x_scale: Tensor, weight_scale: Tensor) -> Tensor:
     """Return x @ weight^T [..., O] in x's type.
 
     Args:
         x: [..., I] on the grid of a symmetric quantizer of at most 4 bits; bfloat16 or float16.
         weight_OI: likewise, with a scale a row.
+        codes_OI: the weight's codes, float8_e4m3fn.
         x_scale: a positive scalar.
         weight_scale: positive, O values.
     """
-    y: Tensor = _CodeProduct.apply(x, weight_OI, x_scale.detach(), weight_scale.detach())
+    y: Tensor = _CodeProduct.apply(x, weight_OI, codes_OI, x_scale.detach(), weight_scale.detach())
     return y
 
 
 class _CodeProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, x_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, codes_OI: Tensor, x_scale: Tensor, weight_scale: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
         x_scale, weight_scale = x_scale.float().view(()), weight_scale.float().reshape(-1)
-        codes = _codes(x, x_scale), x_scale, _codes(weight_OI, weight_scale[:, None]), weight_scale
-        return quantized_linear(*codes, dtype=x.dtype)
+        # Rounding undoes that of the values to their type. In plain PyTorch: torch.compile does it where x is made.
+        x_codes = (x.float() / x_scale).round().to(torch.float8_e4m3fn).contiguous()
+        return quantized_linear(x_codes, x_scale, codes_OI, weight_scale, dtype=x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight_OI = ctx.saved_tensors
         grad = grads[0]
-        return grad @ weight_OI, grad.flatten(0, -2).T @ x.flatten(0, -2), None, None
-
-
-def _codes(x: Tensor, scale: Tensor) -> Tensor:
-    """Return the codes of values on a grid; rounding undoes that of the values to their type."""
-    return (x.float() / scale).round().to(torch.float8_e4m3fn).contiguous()
+        return grad @ weight_OI, grad.flatten(0, -2).T @ x.flatten(0, -2), None, None, None

@@ -86,6 +86,8 @@ class SiteLinear(nn.Module):
         """Takes the weight to its grid in every forward while the block is trained; None: the weight is used as is."""
         self.weight_on_grid: Tensor | None = None
         """What it returned, if that was computed ahead of the forward (`Block.weights_on_grid`)."""
+        self.codes_on_grid: Tensor | None = None
+        """The codes of that in fp8, if the product is to be made of codes."""
         self.shard: tuple[int, Tensor] | None = None
         """Number under which several processes hold the weight together, and the token (`sharded_product`)."""
 
@@ -131,15 +133,16 @@ class SiteLinear(nn.Module):
         weight = self.weight if self.weight_on_grid is None else self.weight_on_grid
         if self.weight_on_grid is None and self.weight_quantizer is not None:
             weight = self.weight_quantizer(self.weight)
-        if self._multiplies_codes():
-            assert self.code_site is not None
+        if self.code_site is not None and self.codes_on_grid is not None:
             grids: list[Any] = [self.code_site[0].quantizer, self.weight_quantizer]
-            y_BTO = code_product(x_BTD, weight, *(each.scale for each in grids))
+            y_BTO = code_product(x_BTD, weight, self.codes_on_grid, *(each.scale for each in grids))
             return y_BTO if self.bias is None else y_BTO + self.bias.to(y_BTO.dtype)
         return F.linear(x_BTD, weight, self.bias)
 
-    def _multiplies_codes(self) -> bool:
-        if self.code_site is None or self.weight_on_grid is None or not self.code_site[0].is_static_tensor:
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether the product is to be made of codes, and can be."""
+        if self.code_site is None or self.weight_quantizer is None or not self.code_site[0].is_static_tensor:
             return False
         x: Any = self.code_site[0].quantizer
         weight: Any = self.weight_quantizer

@@ -29,8 +29,8 @@ class StepWays:
     with P queries more in front, so that the plain causal mask is right. cudnn: padded, by cuDNN where it can."""
 
     code_products: bool = False
-    """The forward products from codes in fp8, which holds those of 4 bits exactly, in compiled steps of a single process;
-    the backward ones from the quantized values, as ever."""
+    """In compiled steps of a single process the forward products are made of codes in fp8, which holds those of 4 bits
+    exactly; the backward ones from the quantized values, as ever."""
 
     @contextmanager
     def preferred(self) -> Iterator[None]:

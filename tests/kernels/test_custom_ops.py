@@ -52,6 +52,10 @@ def samples():
             (x.clone().requires_grad_(), ONE.clone().requires_grad_(), -8, 7, randn(2, 3, 16).requires_grad_()),
         ),
         "hadamard, fake quantize backward": (OPS.hadamard_fake_quantize_backward, (x, x, ONE, -8, 7, x, x)),
+        "fake quantize with codes": (
+            OPS.fake_quantize_with_codes,
+            (x.clone().requires_grad_(), ONE.clone().requires_grad_(), -8, 7, torch.bfloat16),
+        ),
         "fake quantize": (
             OPS.fake_quantize,
             (x.transpose(0, 1).requires_grad_(), ONE.clone().requires_grad_(), None, -8, 7, torch.bfloat16),

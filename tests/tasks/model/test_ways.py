@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prefixquant.kernels.fake_quantize import fake_quantize
+from prefixquant.kernels.fake_quantize import fake_quantize, fake_quantize_with_codes
 from prefixquant.tasks.losses import mse
 from prefixquant.tasks.model.code_product import code_product
 from prefixquant.tasks.model.modules import attention
@@ -53,10 +53,10 @@ def test_padded_attention_and_its_gradients_are_those_of_the_aligned_mask(kv_hea
 def test_a_product_of_codes_is_the_exact_product_of_the_grids_rounded_once():
     x_scale, scale = torch.tensor(0.37), torch.rand(24, 1, generator=torch.Generator().manual_seed(2)) + 0.1
     x = fake_quantize(random(2, 5, 64, dtype=torch.float32), x_scale, None, -8, 7)
-    weight = fake_quantize(random(24, 64, seed=1, dtype=torch.float32), scale, None, -8, 7)
+    weight, codes = fake_quantize_with_codes(random(24, 64, seed=1, dtype=torch.float32), scale, -8, 7)
     wanted = x.double() @ weight.double().T
     rounded = [each.bfloat16().requires_grad_() for each in (x, weight)]
-    y = code_product(*rounded, x_scale, scale)
+    y = code_product(*rounded, codes, x_scale, scale)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=1e-6)  # F.linear starts from rounded factors
     grad = random(*y.shape, seed=3).bfloat16()
