@@ -60,7 +60,7 @@ def fake_quantize_with_codes(
     if low < -16 or high > 16:
         raise KernelInputError(f"float8_e4m3fn holds the codes from -16 to 16, got {low} to {high}")
     y, codes = _fake_quantize_with_codes(x, scale, low, high, dtype or x.dtype)
-    return y, codes.detach()
+    return y, codes.view(torch.float8_e4m3fn)
 
 
 def fake_quantize_gradients(grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -189,26 +189,26 @@ _fake_quantize.register_autograd(_backward, setup_context=_save)
 def _fake_quantize_with_codes(
     x: Tensor, scale: Tensor, low: int, high: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Return the result, and the bytes of the codes: whole numbers take no gradient."""
     if not _uses_triton(x):
         codes = codes_reference(x, scale, low, high).to(torch.float8_e4m3fn).contiguous()
-        return forward_reference(x, scale, None, low, high, dtype).contiguous(), codes
+        return forward_reference(x, scale, None, low, high, dtype).contiguous(), codes.view(torch.uint8)
     from .kernel import forward_triton
 
     rows, scales, _ = _rows(x, scale, None)
     with torch.cuda.device(x.device):
         y, found = forward_triton(rows, scales, None, low, high, dtype, torch.float8_e4m3fn)
     assert found is not None
-    return y.view(x.shape), found.view(x.shape)
+    return y.view(x.shape), found.view(x.shape).view(torch.uint8)
 
 
 @_fake_quantize_with_codes.register_fake
 def _(x: Tensor, scale: Tensor, low: int, high: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=torch.uint8)
 
 
 def _save_with_codes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, scale, low, high, dtype = inputs
-    ctx.set_materialize_grads(False)  # the codes take none
     _save(ctx, (x, scale, None, low, high, dtype), output[0])
 
 
