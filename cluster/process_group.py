@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from itertools import count
 from typing import Any
@@ -18,7 +19,11 @@ from prefixquant.cluster.worker_group import Membership
 
 @contextmanager
 def process_group(
-    member: Membership, device: torch.device, environment: Mapping[str, str] | None = None
+    member: Membership,
+    device: torch.device,
+    environment: Mapping[str, str] | None = None,
+    *,
+    timeout_s: float | None = None,
 ) -> Iterator[str]:
     """Join the process group of a worker group, over NCCL on GPUs and gloo on CPUs, and leave it at the end.
 
@@ -28,6 +33,8 @@ def process_group(
         member: this process's place in the group.
         device: where it computes: the first GPU it can see (each rank is given one), or the CPU.
         environment: variables that are set meanwhile, beside torch's own.
+        timeout_s: how long a collective may wait for the other ranks, outside of CUDA graphs; None: torch's default.
+            Over NCCL it ends the process, with rank and collective in its log.
     Raises:
         RanksError: another GPU than the first.
     """
@@ -49,7 +56,13 @@ def process_group(
         backend = "nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(0)
-        torch.distributed.init_process_group(backend, store=_meeting(member), rank=member.rank, world_size=member.size)
+        torch.distributed.init_process_group(
+            backend,
+            store=_meeting(member),
+            rank=member.rank,
+            world_size=member.size,
+            timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
+        )
         try:
             yield backend
         except BaseException:

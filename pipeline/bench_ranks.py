@@ -11,6 +11,9 @@ process gets no speed-up.
     deepspeed-1..3    DeepSpeed ZeRO of that stage (cluster/deepspeed_stepper.py)
 
 The line `single-share` is one process on a rank's share of the batch: the work on the weights is as large as before.
+
+What each rank is at goes to standard error. A rank that is at one thing for longer than `--timeout` ends the benchmark,
+with the last collective that it asked for and where its threads are.
 """
 
 import argparse
@@ -34,12 +37,13 @@ from torch import Tensor, nn
 
 from prefixquant.cluster.process_group import process_group
 from prefixquant.cluster.worker_group import Membership
+from prefixquant.pipeline.bench_watch import STUCK, Watch
 from prefixquant.tasks.bench_training import build
 from prefixquant.tasks.losses import mse
 from prefixquant.tasks.model.shapes import SHAPES
 from prefixquant.tasks.parallel import ParameterGroup, Stepper
 from prefixquant.tasks.sharded_steps import ShardedRanks
-from prefixquant.tasks.steps import SingleRank
+from prefixquant.tasks.steps import AdamWStepper, SingleRank
 from prefixquant.tasks.train_block import BlockLoss, autocast
 
 CLIP = 0.3
@@ -80,6 +84,8 @@ def stepper_of(
     module: nn.Module,
     groups: Sequence[ParameterGroup],
     precision: str,
+    watch: Watch,
+    timeout_s: float,
 ) -> Iterator[Stepper]:
     """Give the stepper of a way inside its process group."""
     options: dict[str, Any] = {"gradient_clip": CLIP, "precision": precision}
@@ -89,12 +95,14 @@ def stepper_of(
         with join(member, device, stage=int(way[-1])) as ranks:
             yield ranks.stepper(module, groups, **options)
         return
-    with process_group(member, device):
+    with process_group(member, device, timeout_s=timeout_s):
         if way == "ddp":
             yield DdpStepper(module, groups, device, precision)
             return
         sharded = ShardedRanks(cuda_graph=way == "sharded")
-        yield sharded.stepper(module, groups, **options)
+        stepper = sharded.stepper(module, groups, **options)
+        watch.doing = lambda: f"last collective that it asked for: {stepper.collectives.last}"
+        yield stepper
         sharded.close()
 
 
@@ -139,9 +147,19 @@ class DdpStepper:
 
 
 def measure(
-    stepper: Stepper, groups: int, batch: Sequence[Tensor], steps: int, device: torch.device, *, together: bool
+    stepper: Stepper,
+    groups: int,
+    batch: Sequence[Tensor],
+    steps: int,
+    device: torch.device,
+    at: Callable[[str], None],
+    *,
+    together: bool,
 ) -> Timing:
-    """Take steps on this rank's share of a batch and time them; `together`: with the other ranks."""
+    """Take steps on this rank's share of a batch and time them; `at` is told what comes next.
+
+    `together`: with the other ranks.
+    """
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -149,16 +167,21 @@ def measure(
         if together:
             dist.barrier()
 
+    at("first steps")
+    if isinstance(stepper, AdamWStepper):
+        stepper.on_phase = at
     stepper.set_learning_rates([RATE] * groups)
     taken = [tuple(float(each) for each in stepper.step(*batch)) for _ in range(3)]
     rounds = []
-    for _ in range(3):
+    for number in range(3):
+        at(f"timing, round {number + 1} of 3")
         synchronize()
         start = time.perf_counter()
         for _ in range(steps):
             stepper.step(*batch)
         synchronize()
         rounds.append((time.perf_counter() - start) / steps)
+    at("profiling")
     found = _profiled(lambda: stepper.step(*batch), synchronize, device)
     return Timing(
         seconds=statistics.median(rounds),
@@ -218,18 +241,20 @@ def share(batch: Sequence[Tensor], rank: int, ranks: int) -> list[Tensor]:
     return [each[rank * size :][:size].clone() for each in batch]
 
 
-def run_rank(rank: int, port: int, args: argparse.Namespace, results: Any) -> None:
+def run_rank(rank: int, port: int, args: argparse.Namespace, results: Any, singles_done: Any) -> None:
     """Measure everything on one rank; rank 0 puts lines of the table into `results`."""
     warnings.simplefilter("ignore")  # DeepSpeed's, of names that torch will drop
+    watch = Watch(rank, args.timeout)
     try:
-        _run_rank(Membership(rank, args.ranks, "127.0.0.1", port), args, results if rank == 0 else None)
+        member = Membership(rank, args.ranks, "127.0.0.1", port)
+        _run_rank(member, args, results if rank == 0 else None, singles_done, watch)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # NCCL's threads would wait for the other ranks
 
 
-def _run_rank(member: Membership, args: argparse.Namespace, results: Any) -> None:
+def _run_rank(member: Membership, args: argparse.Namespace, results: Any, singles_done: Any, watch: Watch) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -239,9 +264,15 @@ def _run_rank(member: Membership, args: argparse.Namespace, results: Any) -> Non
         results.put((f"{args.shape}, {member.size} ranks on {name}, torch {torch.__version__}{how}", None, None, None))
     singles: dict[int, Timing] = {}
     for way in ("single", "single-share", *args.ways):
+        if not way.startswith("single"):  # not before: the others would wait for rank 0 in what has its own time limit
+            if member.rank == 0:
+                singles_done.set()
+            elif not singles_done.is_set():
+                watch.at("waiting for rank 0, which measures the single process", unlimited=True)
+                singles_done.wait()
         for batch_size in args.batch_sizes:
             try:
-                timing = _measure_way(way, batch_size, member, args, device)
+                timing = _measure_way(way, batch_size, member, args, device, watch)
             except ImportError as err:
                 if results is not None:
                     results.put((f"{way} is left out: {err}", None, None, None))
@@ -252,17 +283,24 @@ def _run_rank(member: Membership, args: argparse.Namespace, results: Any) -> Non
             if way == "single":
                 singles[batch_size] = timing
             results.put(("", f"{batch_size:3d} {way}", timing, singles[batch_size]))
+    watch.at("end")
     if results is not None:
         results.put(None)
+    watch.close()
 
 
 def _measure_way(
-    way: str, batch_size: int, member: Membership, args: argparse.Namespace, device: torch.device
+    way: str, batch_size: int, member: Membership, args: argparse.Namespace, device: torch.device, watch: Watch
 ) -> Timing | None:
     """Return what a way takes with a global batch of this size; the single process is rank 0, None on the others."""
     alone = way.startswith("single")
     if alone and member.rank != 0:
         return None
+
+    def at(phase: str) -> None:
+        watch.at(f"{way}, {batch_size} sequences: {phase}")
+
+    at("building the block")
     shape = SHAPES[args.shape]
     gc.collect()
     if device.type == "cuda":
@@ -278,9 +316,13 @@ def _measure_way(
     module = BlockLoss(block, prefix, mse, compiled=compiled)
     if alone:
         single = SingleRank().stepper(module, groups, gradient_clip=CLIP, precision=args.precision)
-        return measure(single, len(groups), batch, args.steps, device, together=False)
-    with stepper_of(way, member, device, module, groups, args.precision) as stepper:
-        return measure(stepper, len(groups), batch, args.steps, device, together=True)
+        return measure(single, len(groups), batch, args.steps, device, at, together=False)
+    at("joining the other ranks")
+    with stepper_of(way, member, device, module, groups, args.precision, watch, args.timeout) as stepper:
+        timing = measure(stepper, len(groups), batch, args.steps, device, at, together=True)
+        at("leaving the other ranks")
+    watch.doing = lambda: ""
+    return timing
 
 
 def agrees(mine: Timing, single: Timing) -> bool:
@@ -312,6 +354,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of each of the three rounds")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--compile", action="store_true", help="torch.compile the block, where the way allows it")
+    parser.add_argument(
+        "--timeout", type=float, default=180.0, metavar="S", help="seconds that a rank may be at one thing"
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
     wrong = [each for each in args.batch_sizes if each % args.ranks]
@@ -320,7 +365,7 @@ def main() -> None:
     with socket.create_server(("127.0.0.1", 0)) as place:
         port = place.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
+    results, singles_done = context.SimpleQueue(), context.Event()
     processes = []
     gpus = torch.cuda.device_count()
     if 0 < gpus < args.ranks:
@@ -330,7 +375,7 @@ def main() -> None:
     for rank in range(args.ranks):
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = names[rank]  # each process sees its own GPU alone
-        processes.append(context.Process(target=run_rank, args=(rank, port, args, results)))
+        processes.append(context.Process(target=run_rank, args=(rank, port, args, results, singles_done)))
         processes[-1].start()
     while (found := _next(results, processes)) is not None:
         title, way, timing, single = found
@@ -349,9 +394,12 @@ def _next(results: Any, processes: Sequence[Any]) -> Any:
     while results.empty():
         dead = [rank for rank, each in enumerate(processes) if each.exitcode not in (None, 0)]
         if dead:
+            stuck = processes[dead[0]].exitcode == STUCK
+            if stuck:
+                time.sleep(5)  # in which the others say where they are stuck
             for each in processes:
                 each.kill()
-            sys.exit(f"rank {dead[0]} died")
+            sys.exit(f"rank {dead[0]} {'was stuck' if stuck else 'died'}; what it was at is said above")
         time.sleep(0.1)
     return results.get()
 

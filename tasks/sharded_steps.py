@@ -7,7 +7,7 @@ quantized rows (in the same type, summed in float32). Both exchanges run beside 
 is one CUDA graph. Float32 weights and gradients never travel while training. Letters: O outputs, I inputs of a linear.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,37 @@ from prefixquant.tasks.steps import AdamWStepper, check_groups
 
 # Its name since torch 2.13, which warns at the one before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Collectives:
+    """The collectives of a stepper, which remembers the last one and names it in what goes wrong."""
+
+    last = "none"
+    """What was last asked for on this rank, by its number since the beginning of the step."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def begin_step(self) -> None:
+        """Count from 1 again."""
+        self._number = 0
+
+    def call(self, what: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Return function(*args, **options); an error gets a note that names rank and collective."""
+        self._number += 1
+        self.last = f"{what}, collective {self._number} of a step"
+        return self._named(self.last, function, *args, **options)
+
+    def wait(self, what: str, work: Any) -> None:
+        """Wait for what an asynchronous one returned; on a GPU the stream does."""
+        self._named(what, work.wait)
+
+    def _named(self, what: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except Exception as err:
+            err.add_note(f"on rank {dist.get_rank()} of {dist.get_world_size()}, in {what}")
+            raise
 
 
 class ShardedRanks:
@@ -102,10 +133,15 @@ class ShardedStepper(AdamWStepper):
         names = {name: each for name, each in module.named_parameters() if each.requires_grad}
         check_groups(names, groups, gradient_clip, precision)
         self._module, self._size, self._passes = module, dist.get_world_size(), passes
-        self._cuts = [_Cut(each) for each in module.modules() if isinstance(each, SiteLinear) and _divisible(each)]
+        self.collectives = Collectives()
+        self._cuts = [
+            _Cut(each, name, self.collectives)
+            for name, each in module.named_modules()
+            if isinstance(each, SiteLinear) and _divisible(each)
+        ]
         parts = {whole: part for cut in self._cuts for whole, part in cut.parts.items() if part.requires_grad}
-        for each in module.parameters():
-            dist.broadcast(each.data, 0)
+        for name, each in module.named_parameters():
+            self.collectives.call(f"broadcast of {name}", dist.broadcast, each.data, 0)
         self._cut = {name: each for name, each in names.items() if each in parts}
         self._replicated = [each for each in names.values() if each not in parts]
         device = next(iter(names.values())).device
@@ -136,6 +172,7 @@ class ShardedStepper(AdamWStepper):
 
     def _gradients(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         self._optimizer.zero_grad(set_to_none=True)
+        self.collectives.begin_step()
         with self._autocast():
             for cut in self._cuts:
                 cut.gather()
@@ -168,7 +205,7 @@ class ShardedStepper(AdamWStepper):
         """
         gradients = [each.grad for each in self._replicated if each.grad is not None]
         together = torch.cat([*(each.flatten().float() for each in gradients), loss.view(1), square.view(1)])
-        dist.all_reduce(together)
+        self.collectives.call("all_reduce of what all ranks hold, loss and norm", dist.all_reduce, together)
         start = 0
         for each in self._replicated:
             each.grad = together[start : start + each.numel()].view_as(each)
@@ -198,20 +235,26 @@ class ShardedStepper(AdamWStepper):
         if self._stale:
             self._stale = False
             for name, each in self._cut.items():
-                _all_gather(each.data, self._tensors[name].detach().clone())
+                own = self._tensors[name].detach().clone()
+                self.collectives.call(f"all_gather of trained rows of {name}", _all_gather, each.data, own)
 
     def _whole_of(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self._cut:
             return super()._whole_of(name, tensor)
         whole = torch.empty_like(self._cut[name], requires_grad=False)
-        _all_gather(whole, tensor)
+        self.collectives.call(f"all_gather of optimizer state of {name}", _all_gather, whole, tensor)
         return whole.cpu()
 
     def _part_of(self, name: str, tensor: Tensor) -> Tensor:
         return _own_rows(tensor) if name in self._cut else tensor
 
     def close(self) -> None:
-        """Leave an ordinary module with whole parameters. All ranks must call it."""
+        """Leave an ordinary module with whole parameters. All ranks must call it.
+
+        The recorded step goes first: NCCL does not end a communicator, and so torch does not leave a process group, as
+        long as there is a CUDA graph that holds collectives of it.
+        """
+        self.forget_graph()
         self.complete()
         self._hook.remove()
         SHARDS.clear()
@@ -222,8 +265,10 @@ class ShardedStepper(AdamWStepper):
 class _Cut:
     """A linear whose weight and grid are cut by rows: one part is trained here. Satisfies `Shard`."""
 
-    def __init__(self, linear: SiteLinear) -> None:
+    def __init__(self, linear: SiteLinear, name: str, collectives: Collectives) -> None:
         self.linear, self._quantizer = linear, linear.weight_quantizer
+        self._gathering, self._sending = f"all_gather of quantized rows of {name}", f"all_to_all of gradients of {name}"
+        self._collectives = collectives
         self._weight = _part(linear.weight)
         grid = {} if self._quantizer is None else dict(self._quantizer.named_parameters())
         self._grid = {name: _part(each) for name, each in grid.items()}
@@ -239,7 +284,8 @@ class _Cut:
         """Take the rows to their grid and begin to exchange them."""
         self._rows = self._quantized()
         self._whole = self._rows.new_empty(self.linear.weight.shape)
-        self._work: Any = _all_gather(self._whole, self._rows.detach(), async_op=True)
+        given = self._whole, self._rows.detach()
+        self._work: Any = self._collectives.call(self._gathering, _all_gather, *given, async_op=True)
         self._sent: Tensor | None = None
 
     def _quantized(self) -> Tensor:
@@ -251,7 +297,7 @@ class _Cut:
     def arrived(self) -> Tensor:
         """Return the whole quantized weight [O, I]; the stream, not the host, waits for it."""
         if self._sent is None:
-            self._work.wait()
+            self._collectives.wait(self._gathering, self._work)
         return self._whole
 
     def send(self, gradient_OI: Tensor) -> None:
@@ -259,12 +305,13 @@ class _Cut:
         self._sent = gradient_OI if self._sent is None else self._sent + gradient_OI
         if self.last:
             self._received = torch.empty_like(self._sent)
-            self._work = dist.all_to_all_single(self._received, self._sent, async_op=True)
+            given = self._received, self._sent
+            self._work = self._collectives.call(self._sending, dist.all_to_all_single, *given, async_op=True)
 
     def finish(self) -> None:
         """Sum what came for the own rows, and take it through the straight-through estimator."""
         if self._sent is not None:
-            self._work.wait()
+            self._collectives.wait(self._sending, self._work)
             # A sum of bf16 or fp16 accumulates in float32 and is rounded once, as the gradient of one rank is.
             torch.autograd.backward(self._rows, self._received.unflatten(0, (dist.get_world_size(), -1)).sum(0))
             del self._received

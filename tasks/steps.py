@@ -1,6 +1,6 @@
 """Training on a single process: AdamW steps, on a GPU as one CUDA graph."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -74,6 +74,8 @@ class AdamWStepper:
         self._optimizer = AdamW(groups, self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: tuple[Tensor, ...] = ()
+        self.on_phase: Callable[[str], None] = lambda phase: None
+        """Told what comes next while a step is recorded; a step that is stuck has begun that and not ended it."""
         self._result: tuple[Tensor, Tensor] = (self._optimizer.count, self._optimizer.count)
 
     def step(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,14 +130,26 @@ class AdamWStepper:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_STEPS):
+            for number in range(_WARM_UP_STEPS):
+                self.on_phase(f"warm-up step {number + 1} of {_WARM_UP_STEPS}" + (", compiling" if not number else ""))
                 self._gradients(*self._batch)
             self._optimizer.rehearse()
         torch.cuda.current_stream(self._device).wait_stream(stream)
+        self.on_phase("end of the warm-up")
+        torch.cuda.synchronize(self._device)
+        self.on_phase("capture")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads watch NCCL, or pin memory
             self._result = self._eager_step(*self._batch)
         self._graph = graph
+        self.on_phase("first replay")
+
+    def forget_graph(self) -> None:
+        """Drop the recorded step, if there is one; the next step records anew."""
+        if self._graph is not None:
+            torch.cuda.synchronize(self._device)
+            self._graph.reset()
+            self._graph, self._batch = None, ()
 
     def set_learning_rates(self, rates: Sequence[float]) -> None:
         """Set the learning rate of each parameter group, for the steps that follow."""

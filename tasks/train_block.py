@@ -137,14 +137,19 @@ class BlockLoss(nn.Module):
         self.prefix = prefix
         self.loss = loss
         self.following = tuple(following)  # a plain tuple: what is frozen is no parameter of this module
-        # Validation, in other batches, stays as it is: it would be compiled again.
-        self._trained = torch.compile(self._loss, dynamic=False) if compiled else self._loss
+        self._compiled = torch.compile(self._loss, dynamic=False) if compiled else None
 
     def forward(self, input_BTD: Tensor, *targets_BTD: Tensor) -> Tensor:
         """Return the loss, averaged over the targets: a float32 scalar."""
-        function = self._trained if torch.is_grad_enabled() else self._loss
+        with self.block.ways.preferred():
+            return self._forward(input_BTD, *targets_BTD)
+
+    def _forward(self, input_BTD: Tensor, *targets_BTD: Tensor) -> Tensor:
+        if self._compiled is None or not torch.is_grad_enabled():  # validation, in other batches, compiles nothing
+            return self._loss(input_BTD, *targets_BTD)
         with self.block.weights_on_grid():
-            return function(input_BTD, *targets_BTD)
+            loss: Tensor = self._compiled(input_BTD, *targets_BTD)
+        return loss
 
     def _loss(self, input_BTD: Tensor, *targets_BTD: Tensor) -> Tensor:
         output = self.block(input_BTD.float(), self.prefix)

@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 from prefixquant.kernels.dispatch import uses_triton
 from prefixquant.kernels.errors import KernelInputError
 
-from .reference import backward_reference, forward_reference
+from .reference import backward_reference, codes_reference, forward_reference
 
-__all__ = ["fake_quantize", "fake_quantize_gradients"]
+__all__ = ["fake_quantize", "fake_quantize_gradients", "fake_quantize_with_codes"]
 
 
 def fake_quantize(
@@ -46,6 +46,21 @@ def fake_quantize(
         traced: Tensor = _Traced.apply(x, scale, zero_point, low, high, dtype)
         return traced
     return _fake_quantize(x, scale, zero_point, low, high, dtype or x.dtype)
+
+
+def fake_quantize_with_codes(
+    x: Tensor, scale: Tensor, low: int, high: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `fake_quantize(x, scale, None, low, high, dtype)` and its codes, without a gradient, as float8_e4m3fn.
+
+    Raises:
+        KernelInputError: as `fake_quantize`, and for codes beyond -16 to 16, up to where that type holds all of them.
+    """
+    _check(x, scale, None, low, high, dtype)
+    if low < -16 or high > 16:
+        raise KernelInputError(f"float8_e4m3fn holds the codes from -16 to 16, got {low} to {high}")
+    y, codes = _fake_quantize_with_codes(x, scale, low, high, dtype or x.dtype)
+    return y, codes.view(torch.float8_e4m3fn)
 
 
 def fake_quantize_gradients(grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +102,7 @@ def _fake_quantize(
 
     rows, scales, zeros = _rows(x, scale, zero_point)
     with torch.cuda.device(x.device):  # Triton launches on the current device
-        return forward_triton(rows, scales, zeros, low, high, dtype).view(x.shape)
+        return forward_triton(rows, scales, zeros, low, high, dtype)[0].view(x.shape)
 
 
 @_fake_quantize.register_fake
@@ -168,6 +183,46 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _fake_quantize.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("prefixquant::fake_quantize_with_codes", mutates_args=())
+def _fake_quantize_with_codes(
+    x: Tensor, scale: Tensor, low: int, high: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the result, and the bytes of the codes: whole numbers take no gradient."""
+    if not _uses_triton(x):
+        codes = codes_reference(x, scale, low, high).to(torch.float8_e4m3fn).contiguous()
+        return forward_reference(x, scale, None, low, high, dtype).contiguous(), codes.view(torch.uint8)
+    from .kernel import forward_triton
+
+    rows, scales, _ = _rows(x, scale, None)
+    with torch.cuda.device(x.device):
+        y, found = forward_triton(rows, scales, None, low, high, dtype, torch.float8_e4m3fn)
+    assert found is not None
+    return y.view(x.shape), found.view(x.shape).view(torch.uint8)
+
+
+@_fake_quantize_with_codes.register_fake
+def _(x: Tensor, scale: Tensor, low: int, high: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=torch.uint8)
+
+
+def _save_with_codes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, scale, low, high, dtype = inputs
+    _save(ctx, (x, scale, None, low, high, dtype), output[0])
+
+
+@once_differentiable
+def _backward_with_codes(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, scale, _ = ctx.saved_tensors
+    needs_x, needs_scale = ctx.needs_input_grad[:2]
+    dx, dscale, _ = _fake_quantize_backward(
+        grad, x, scale, None, ctx.low, ctx.high, needs_x, needs_scale, grad.dtype if ctx.keeps_dtype else x.dtype
+    )
+    return dx if needs_x else None, dscale if needs_scale else None, None, None, None
+
+
+_fake_quantize_with_codes.register_autograd(_backward_with_codes, setup_context=_save_with_codes)
 
 
 class _Traced(torch.autograd.Function):

@@ -52,6 +52,7 @@ def _forward_kernel(
     scale,
     zero,
     y,
+    codes,
     R,
     C,
     NUM,
@@ -59,6 +60,7 @@ def _forward_kernel(
     ZERO: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
+    CODES: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -66,6 +68,8 @@ def _forward_kernel(
     b_x = tl.load(x + offsets, mask=m, other=0.0).to(tl.float32)
     _, centred, _ = row_codes(b_x, b_s, b_z, LOW, HIGH)
     tl.store(y + offsets, (centred * b_s).to(y.dtype.element_ty), mask=m)
+    if CODES:
+        tl.store(codes + offsets, centred.to(codes.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -109,17 +113,28 @@ def _tiling(rows: int, columns: int) -> tuple[int, int, int]:
 
 
 def forward_triton(
-    x_RC: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype
-) -> Tensor:
-    """Return the rows on their grids; x contiguous, scale and zero point [NUM] contiguous float32, NUM divides R."""
+    x_RC: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    low: int,
+    high: int,
+    dtype: torch.dtype,
+    codes_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the rows on their grids, and their codes minus the zero point in `codes_dtype`, if it is given.
+
+    x contiguous, scale and zero point [NUM] contiguous float32, NUM divides R.
+    """
     rows, columns = x_RC.shape
     y = torch.empty_like(x_RC, dtype=dtype)
+    codes = None if codes_dtype is None else torch.empty_like(x_RC, dtype=codes_dtype)
     chunks, block_rows, block_columns = _tiling(rows, columns)
     _forward_kernel[(triton.cdiv(rows, block_rows) * chunks,)](
-        x_RC, scale, scale if zero_point is None else zero_point, y, rows, columns, scale.numel(), chunks,
-        ZERO=zero_point is not None, LOW=low, HIGH=high, BR=block_rows, BC=block_columns,
+        x_RC, scale, scale if zero_point is None else zero_point, y, y if codes is None else codes,
+        rows, columns, scale.numel(), chunks, ZERO=zero_point is not None, LOW=low, HIGH=high, CODES=codes is not None,
+        BR=block_rows, BC=block_columns,
     )  # fmt: skip
-    return y
+    return y, codes
 
 
 def backward_triton(

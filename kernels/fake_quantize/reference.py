@@ -24,6 +24,11 @@ def forward_reference(
     return (centred * scale.to(centred.dtype)).to(dtype)
 
 
+def codes_reference(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Return clamp(round(x / scale), low, high), whole numbers in float32 or float64."""
+    return _codes(x, scale, None, low, high)[1]
+
+
 def backward_reference(
     grad: Tensor,
     x: Tensor,

@@ -31,7 +31,7 @@ def main() -> None:
     print("bfloat16, medians; GB/s of the input read once and the result written once")
     for name, shape in SHAPES.items():
         x = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).bfloat16()
-        products_ms = _median_ms(partial(hadamard_transform_reference, x))
+        products_ms = median_ms(partial(hadamard_transform_reference, x))
         line = f"{name}: products {products_ms:.3f} ms, {2 * x.nbytes / products_ms / 1e6:.0f} GB/s"
         if fits(shape[1], torch.bfloat16):
             wanted = hadamard_transform_reference(x.float())
@@ -39,7 +39,7 @@ def main() -> None:
             if not error <= 5e-3:  # bfloat16 between the axes and at the end: 2^-9 each
                 print(f"{line}; the kernel is off by {float(error):.2g}; not timed")
                 continue
-            kernel_ms = _median_ms(partial(hadamard_triton, x))
+            kernel_ms = median_ms(partial(hadamard_triton, x))
             line += f"; kernel {kernel_ms:.3f} ms, {2 * x.nbytes / kernel_ms / 1e6:.0f} GB/s"
         print(line + _fast_hadamard_transform(x))
 
@@ -59,7 +59,7 @@ def _fast_hadamard_transform(x: torch.Tensor) -> str:
     return f"; fast_hadamard_transform {ms:.3f} ms, {2 * x.nbytes / ms / 1e6:.0f} GB/s"
 
 
-def _median_ms(call: Callable[[], object], repeats: int = 30) -> float:
+def median_ms(call: Callable[[], object], repeats: int = 30) -> float:
     """Return the median time of a call after five untimed ones."""
     times = []
     for index in range(repeats + 5):

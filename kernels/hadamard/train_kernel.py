@@ -1,11 +1,13 @@
-"""Hadamard transform and fake quantization of a row in one program, forward and backward.
+"""Hadamard transform and fake quantization of a row in one program, perhaps behind a SwiGLU, forward and backward.
 
-A row of n = A B values is a matrix [A, B], as in `kernel.py`; one scale for all rows.
+A row of n = A B values is a matrix [A, B], as in `kernel.py`; one scale for all rows. A program makes BC of the B
+columns at a time, which keeps what it does with them in registers.
 """
 # Triton has no types, and its kernels cannot:
 # mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
 
 import math
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -18,9 +20,15 @@ from prefixquant.kernels.hadamard.reference import hadamard_matrix
 
 
 @triton.jit
-def _transform(b_x, first, last, o_a, o_b, A: tl.constexpr, B: tl.constexpr):
-    m_last = (o_b < B)[:, None] & (o_b < B)[None, :]
-    b_h = tl.load(last + o_b[:, None] * B + o_b[None, :], mask=m_last, other=0.0)
+def _sigmoid(x):
+    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _transform(b_x, first, last, o_a, o_b, o_c, A: tl.constexpr, B: tl.constexpr):
+    """Return the columns o_c of the transform of [A, B]."""
+    m_last = (o_b < B)[:, None] & (o_c < B)[None, :]
+    b_h = tl.load(last + o_b[:, None] * B + o_c[None, :], mask=m_last, other=0.0)
     b_y = tl.dot(b_x, b_h, input_precision="ieee").to(b_x.dtype)
     m_first = (o_a < A)[:, None] & (o_a < A)[None, :]
     b_h = tl.load(first + o_a[:, None] * A + o_a[None, :], mask=m_first, other=0.0)
@@ -30,55 +38,88 @@ def _transform(b_x, first, last, o_a, o_b, A: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def _hadamard_forward_kernel(
     x,
+    up,
     first,
     last,
     scale,
     transformed,
     y,
+    SWIGLU: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     BA: tl.constexpr,
     BB: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-):
-    o_a, o_b = tl.arange(0, BA), tl.arange(0, BB)
-    m = (o_a < A)[:, None] & (o_b < B)[None, :]
-    o = tl.program_id(0).to(tl.int64) * A * B + o_a[:, None] * B + o_b[None, :]
-    b_y = _transform(tl.load(x + o, mask=m, other=0.0), first, last, o_a, o_b, A, B)
-    tl.store(transformed + o, b_y, mask=m)
-    b_s = tl.load(scale)
-    _, centred, _ = row_codes(b_y.to(tl.float32), b_s, 0.0, LOW, HIGH)
-    tl.store(y + o, (centred * b_s).to(y.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def _hadamard_backward_kernel(
-    grad,
-    transformed,
-    first,
-    last,
-    scale,
-    dx,
-    dscale,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    BA: tl.constexpr,
-    BB: tl.constexpr,
+    BC: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
     o_a, o_b = tl.arange(0, BA), tl.arange(0, BB)
     m = (o_a < A)[:, None] & (o_b < B)[None, :]
-    o = i * A * B + o_a[:, None] * B + o_b[None, :]
-    b_g = tl.load(grad + o, mask=m, other=0.0).to(tl.float32)
-    b_y = tl.load(transformed + o, mask=m, other=0.0).to(tl.float32)
+    o = o_a[:, None] * B + o_b[None, :]
+    start = i * A * B
+    b_x = tl.load(x + start + o, mask=m, other=0.0)
+    if SWIGLU:  # every step rounded to the type of x, as it would be on its own
+        gate = b_x.to(tl.float32)
+        b_x = (gate * _sigmoid(gate)).to(b_x.dtype)
+        b_x = (b_x.to(tl.float32) * tl.load(up + start + o, mask=m, other=0.0).to(tl.float32)).to(b_x.dtype)
+    b_s = tl.load(scale)
+    for c in range(0, BB, BC):
+        o_c = c + tl.arange(0, BC)
+        m_c = (o_a < A)[:, None] & (o_c < B)[None, :]
+        o_y = o_a[:, None] * B + o_c[None, :]
+        b_y = _transform(b_x, first, last, o_a, o_b, o_c, A, B)
+        tl.store(transformed + start + o_y, b_y, mask=m_c)
+        _, centred, _ = row_codes(b_y.to(tl.float32), b_s, 0.0, LOW, HIGH)
+        tl.store(y + start + o_y, (centred * b_s).to(y.dtype.element_ty), mask=m_c)
+
+
+@triton.jit
+def _hadamard_backward_kernel(
+    grad,
+    transformed,
+    x,
+    up,
+    first,
+    last,
+    scale,
+    dx,
+    dup,
+    dscale,
+    SWIGLU: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BA: tl.constexpr,
+    BB: tl.constexpr,
+    BC: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    o_a, o_b = tl.arange(0, BA), tl.arange(0, BB)
+    m = (o_a < A)[:, None] & (o_b < B)[None, :]
+    o = o_a[:, None] * B + o_b[None, :]
+    start = i * A * B
+    b_g = tl.load(grad + start + o, mask=m, other=0.0).to(tl.float32)
+    b_y = tl.load(transformed + start + o, mask=m, other=0.0).to(tl.float32)
     ratio, centred, inside = row_codes(b_y, tl.load(scale), 0.0, LOW, HIGH)
     terms = b_g * (centred - tl.where(inside, ratio, 0.0))
-    tl.store(dscale + i, tl.sum(tl.sum(terms, axis=1), axis=0))  # rows are added outside, in a fixed order
+    # Columns first: that holds fewer values at a time. Rows are added outside, in a fixed order.
+    tl.store(dscale + i, tl.sum(tl.sum(terms, axis=0), axis=0))
     b_g = tl.where(inside, b_g, 0.0).to(dx.dtype.element_ty)
-    tl.store(dx + o, _transform(b_g, first, last, o_a, o_b, A, B), mask=m)
+    for c in range(0, BB, BC):
+        o_c = c + tl.arange(0, BC)
+        m_c = (o_a < A)[:, None] & (o_c < B)[None, :]
+        o_d = o_a[:, None] * B + o_c[None, :]
+        b_d = _transform(b_g, first, last, o_a, o_b, o_c, A, B)
+        if SWIGLU:
+            gate = tl.load(x + start + o_d, mask=m_c, other=0.0).to(tl.float32)
+            sigmoid = _sigmoid(gate)
+            silu = (gate * sigmoid).to(b_d.dtype).to(tl.float32)
+            tl.store(dup + start + o_d, (b_d.to(tl.float32) * silu).to(b_d.dtype), mask=m_c)
+            b_d = (b_d.to(tl.float32) * tl.load(up + start + o_d, mask=m_c, other=0.0).to(tl.float32)).to(b_d.dtype)
+            b_d = (b_d.to(tl.float32) * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(b_d.dtype)
+        tl.store(dx + start + o_d, b_d, mask=m_c)
 
 
 def takes(x: Tensor) -> bool:
@@ -87,34 +128,68 @@ def takes(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and len(kernel_axes(n)) == 2 and fits(n, x.dtype)
 
 
-def forward_triton(x_RN: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Return the transform of contiguous rows on the grid of a float32 scale, and the transform itself."""
+def forward_triton(
+    x_RN: Tensor,
+    scale: Tensor,
+    low: int,
+    high: int,
+    up_RN: Tensor | None = None,
+    sizes: Mapping[str, int | bool] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the transform of contiguous rows (of silu(x) * up) on the grid of a float32 scale, and the transform.
+
+    `sizes`: of the launch, others than those of `launch_sizes`.
+    """
     transformed, y = torch.empty_like(x_RN), torch.empty_like(x_RN)
-    matrices, sizes = _launch(x_RN, transposed=False)
-    _hadamard_forward_kernel[(len(x_RN),)](x_RN, *matrices, scale, transformed, y, LOW=low, HIGH=high, **sizes)
+    sizes = sizes or launch_sizes(x_RN.shape[1], swiglu=up_RN is not None)
+    matrices = _matrices(x_RN, transposed=False)
+    _hadamard_forward_kernel[(len(x_RN),)](
+        x_RN, x_RN if up_RN is None else up_RN, *matrices, scale, transformed, y,
+        LOW=low, HIGH=high, **sizes,
+    )  # fmt: skip
     return y, transformed
 
 
 def backward_triton(
-    grad_RN: Tensor, transformed_RN: Tensor, scale: Tensor, low: int, high: int
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients for x, in its type, and for the scale."""
+    grad_RN: Tensor,
+    transformed_RN: Tensor,
+    scale: Tensor,
+    low: int,
+    high: int,
+    x_RN: Tensor | None = None,
+    up_RN: Tensor | None = None,
+    sizes: Mapping[str, int | bool] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the gradients for x, up (None without one; x is needed with it alone) and the scale.
+
+    `sizes`: as in `forward_triton`.
+    """
     dx = torch.empty_like(transformed_RN)
+    dup = None if up_RN is None else torch.empty_like(transformed_RN)
     dscale = torch.empty(len(dx), dtype=torch.float32, device=dx.device)
-    matrices, sizes = _launch(dx, transposed=True)
+    sizes = sizes or launch_sizes(dx.shape[1], swiglu=up_RN is not None)
+    matrices = _matrices(dx, transposed=True)
     _hadamard_backward_kernel[(len(dx),)](
-        grad_RN, transformed_RN, *matrices, scale, dx, dscale, LOW=low, HIGH=high, **sizes
-    )
-    return dx, dscale.sum()
+        grad_RN, transformed_RN, dx if x_RN is None else x_RN, dx if up_RN is None else up_RN,
+        *matrices, scale, dx, dx if dup is None else dup, dscale,
+        LOW=low, HIGH=high, **sizes,
+    )  # fmt: skip
+    return dx, dup, dscale.sum()
 
 
-def _launch(x_RN: Tensor, *, transposed: bool) -> tuple[list[Tensor], dict[str, int]]:
-    """Return the matrices of both axes, the first one as the left operand, and the sizes of a launch."""
-    axes = kernel_axes(x_RN.shape[1])
-    block_a, block_b = padded(x_RN.shape[1])
-    sizes = {"A": math.prod(axes[0]), "B": math.prod(axes[1]), "BA": block_a, "BB": block_b}
-    matrices = [
+def launch_sizes(n: int, *, swiglu: bool) -> dict[str, int | bool]:
+    """Return the constants of a launch on rows of n values, and its number of warps and stages."""
+    axes = kernel_axes(n)
+    block_a, block_b = padded(n)
+    sizes = {"A": math.prod(axes[0]), "B": math.prod(axes[1]), "BA": block_a, "BB": block_b, "SWIGLU": swiglu}
+    # What a program makes at a time fits its registers, beside its row: a row of 28,672 values leaves little room.
+    columns = 128 if not swiglu else 64 if block_a * block_b <= 128 * 128 else 32
+    return sizes | {"BC": min(columns, block_b), "num_warps": 8 if block_a * block_b >= 8192 else 4, "num_stages": 1}
+
+
+def _matrices(x_RN: Tensor, *, transposed: bool) -> list[Tensor]:
+    """Return the matrices of both axes, the first one as the left operand."""
+    return [
         hadamard_matrix(axis, x_RN.dtype, x_RN.device, transposed=turned)
-        for axis, turned in zip(axes, (not transposed, transposed), strict=True)
+        for axis, turned in zip(kernel_axes(x_RN.shape[1]), (not transposed, transposed), strict=True)
     ]
-    return matrices, sizes | {"num_warps": 8 if block_a * block_b >= 8192 else 4}

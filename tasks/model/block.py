@@ -6,7 +6,7 @@ Letters: N sequences, B batch, P prefix tokens, T tokens, D hidden.
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,17 @@ from prefixquant.tasks.errors import NumericalError
 from prefixquant.tasks.model.cache import cache_name, prefix_cache
 from prefixquant.tasks.model.families import ModelFamily
 from prefixquant.tasks.model.modules import ATTENTION, KeySiteBeforeRope, Site, register_attention
-from prefixquant.tasks.model.sites import OnlineTransforms, install_sites, sites_of
+from prefixquant.tasks.model.sites import (
+    ATTENTION_INPUT,
+    DOWN_INPUT,
+    MLP_INPUT,
+    O_INPUT,
+    OnlineTransforms,
+    install_sites,
+    sites_of,
+)
 from prefixquant.tasks.model.spec import QuantizeConfig
+from prefixquant.tasks.model.ways import StepWays
 
 Prefix = tuple[Tensor, Tensor]
 """Keys and values of the prefix in one block, each [KV heads, P, head_dim], as they lie in the cache."""
@@ -85,6 +94,19 @@ class Block(nn.Module):
         self.layer = layer
         self.family = family
         self._cache_name = cache_name(self.model)
+        self.take_ways(StepWays())
+
+    def take_ways(self, ways: StepWays) -> None:
+        """Compute training steps in these ways from now on."""
+        family, attention = self.family, cast(Any, self.attention)
+        attention.pads_queries = ways.attention != "lower_right"
+        sources = {family.q: ATTENTION_INPUT, family.k: ATTENTION_INPUT, family.v: ATTENTION_INPUT}
+        sources |= {family.o: O_INPUT, family.gate: MLP_INPUT, family.up: MLP_INPUT, family.down: DOWN_INPUT}
+        sites = self.sites
+        for role, site in sources.items():
+            self.linear(role).code_site = (sites[site],) if ways.code_products else None
+        self.linear(family.down).joins_swiglu = ways.joined_swiglu
+        self.ways = ways
 
     @property
     def attention(self) -> nn.Module:
@@ -122,11 +144,14 @@ class Block(nn.Module):
         linears = [each for role in self.family.linears if (each := self.linear(role)).shard is None]
         try:
             for each in linears:
-                each.weight_on_grid = None if each.weight_quantizer is None else each.weight_quantizer(each.weight)
+                if each.multiplies_codes:
+                    each.weight_on_grid, each.codes_on_grid = each.weight_quantizer.with_codes(each.weight)
+                elif each.weight_quantizer is not None:
+                    each.weight_on_grid = each.weight_quantizer(each.weight)
             yield
         finally:
             for each in linears:
-                each.weight_on_grid = None
+                each.weight_on_grid = each.codes_on_grid = None
 
     def forward(self, hidden_BTD: Tensor, prefix: Prefix | None) -> Tensor:
         """Return the block's output [B, T, D]; real tokens take the positions after the prefix.

@@ -1,5 +1,6 @@
 """Modules that take the place of a block's linears and norms. Letters: B batch, T tokens, D channels, O outputs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from prefixquant.kernels.hadamard import hadamard_fake_quantize, hadamard_transform
+from prefixquant.tasks.model.code_product import LARGEST_BITS, code_product
 from prefixquant.tasks.model.quantizer import SiteQuantizer
 from prefixquant.tasks.model.sharded_product import sharded_product
 
@@ -84,8 +86,31 @@ class SiteLinear(nn.Module):
         """Takes the weight to its grid in every forward while the block is trained; None: the weight is used as is."""
         self.weight_on_grid: Tensor | None = None
         """What it returned, if that was computed ahead of the forward (`Block.weights_on_grid`)."""
+        self.codes_on_grid: Tensor | None = None
+        """The codes of that in fp8, if the product is to be made of codes."""
         self.shard: tuple[int, Tensor] | None = None
         """Number under which several processes hold the weight together, and the token (`sharded_product`)."""
+
+        self.joins_swiglu = False
+        """`StepWays.joined_swiglu`."""
+        self.code_site: tuple[Site] | None = None
+        """Where the input was quantized, if the product is to be made of codes (`StepWays.code_products`). In a tuple,
+        for it is no part of this module."""
+
+    def of_swiglu(self, gate_BTD: Tensor, up_BTD: Tensor) -> Tensor:
+        """Return what the forward makes of silu(gate) * up.
+
+        With `joins_swiglu` a compiled or a sharded training step takes fewer passes; otherwise it goes through the
+        forward, where those who look at a linear's input find it.
+        """
+        training = self.weight_on_grid is not None or self.shard is not None
+        joins = self.joins_swiglu and training and self.hadamard and self.hadamard_block is None
+        if joins and self.site is not None and self.site.is_static_tensor:
+            quantizer: Any = self.site.quantizer
+            scale, (low, high) = quantizer.scale.view(()), quantizer.code_range  # DeepSpeed makes [1] of a scalar
+            return self._product(hadamard_fake_quantize(gate_BTD, scale, low, high, up_BTD))
+        product: Tensor = self(F.silu(gate_BTD) * up_BTD)
+        return product
 
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
@@ -99,13 +124,48 @@ class SiteLinear(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the product with the weight, [B, T, O]."""
+        return self._product(self.prepare(x_BTD))
+
+    def _product(self, x_BTD: Tensor) -> Tensor:
         if self.shard is not None:
             number, token = self.shard
-            return sharded_product(self.prepare(x_BTD), self.bias, token, number, self.out_features)
+            return sharded_product(x_BTD, self.bias, token, number, self.out_features)
         weight = self.weight if self.weight_on_grid is None else self.weight_on_grid
         if self.weight_on_grid is None and self.weight_quantizer is not None:
             weight = self.weight_quantizer(self.weight)
-        return F.linear(self.prepare(x_BTD), weight, self.bias)
+        if self.code_site is not None and self.codes_on_grid is not None:
+            grids: list[Any] = [self.code_site[0].quantizer, self.weight_quantizer]
+            y_BTO = code_product(x_BTD, weight, self.codes_on_grid, *(each.scale for each in grids))
+            return y_BTO if self.bias is None else y_BTO + self.bias.to(y_BTO.dtype)
+        return F.linear(x_BTD, weight, self.bias)
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether the product is to be made of codes, and can be."""
+        if self.code_site is None or self.weight_quantizer is None or not self.code_site[0].is_static_tensor:
+            return False
+        x: Any = self.code_site[0].quantizer
+        weight: Any = self.weight_quantizer
+        spec = weight.spec
+        return max(x.spec.bits, spec.bits) <= LARGEST_BITS and spec.symmetric and spec.granularity == "channel"
+
+
+class GatedMLP(nn.Module):
+    """A SwiGLU MLP (arXiv:2002.05202, equation 6) whose last linear is given gate and up apart."""
+
+    def __init__(self, linears: Mapping[str, SiteLinear]) -> None:
+        """Take the place of transformers' module: `linears` are gate, up and down by their names in it."""
+        super().__init__()
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+        self._gate, self._up, self._down = linears
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return down(silu(gate(x)) * up(x))."""
+        gate, up = self.get_submodule(self._gate), self.get_submodule(self._up)
+        down: Any = self.get_submodule(self._down)
+        output: Tensor = down.of_swiglu(gate(x_BTD), up(x_BTD))
+        return output
 
 
 class KeySiteBeforeRope(nn.Module):
@@ -139,7 +199,8 @@ def attention(
     if attention_mask is not None or num_queries in (1, num_keys):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast the prefix came in float32
-    output = _causal_lower_right(query, key, value, kwargs.get("scaling"))
+    function = _causal_padded if getattr(module, "pads_queries", False) else _causal_lower_right
+    output = function(query, key, value, kwargs.get("scaling"))
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -159,6 +220,15 @@ def _causal_lower_right(query: Tensor, key: Tensor, value: Tensor, scale: float 
     else:  # what it would make of it, with a warning each time
         bias = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
     return F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
+
+
+def _causal_padded(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Return the same by the plain causal mask: with queries in front, one for each key more, that nobody looks at."""
+    more = key.shape[2] - query.shape[2]
+    padded = F.pad(query.transpose(1, 2), (0, 0, 0, 0, more, 0)).transpose(1, 2)  # as it lies, behind a linear
+    grouped = key.shape[1] < query.shape[1]
+    output = F.scaled_dot_product_attention(padded, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return output[:, :, more:]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]

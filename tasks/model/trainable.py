@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefixquant.kernels.fake_quantize import fake_quantize_with_codes
 from prefixquant.tasks.model.block import Block
 from prefixquant.tasks.model.quantizer import (
     MIN_SCALE,
     QuantizedWeight,
+    code_range,
     fake_quantize,
     product_dtype,
     quantize,
@@ -47,6 +49,11 @@ class WeightQuantizer(nn.Module):
         # The parameter itself, not a view of it: then its gradient may keep the type of the product.
         scale, zero_point = scale.squeeze(1), zero_point.squeeze(1)
         return fake_quantize(weight_OI, scale, zero_point, spec.bits, spec.symmetric, dtype)
+
+    def with_codes(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the forward does and its codes as float8_e4m3fn, of a symmetric grid with a scale a row."""
+        low, high = code_range(self.spec.bits, self.spec.symmetric)
+        return fake_quantize_with_codes(weight_OI, self.scale.squeeze(1), low, high, product_dtype(weight_OI))
 
     @torch.no_grad()
     def codes(self, weight_OI: Tensor) -> QuantizedWeight:

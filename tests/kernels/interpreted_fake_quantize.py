@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefixquant.kernels.fake_quantize import _folded, _rows
 from prefixquant.kernels.fake_quantize.kernel import backward_triton, forward_triton
-from prefixquant.kernels.fake_quantize.reference import backward_reference, forward_reference
+from prefixquant.kernels.fake_quantize.reference import backward_reference, codes_reference, forward_reference
 
 
 def compare(name: str, x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int, dtype: torch.dtype) -> None:
@@ -24,9 +24,15 @@ def compare(name: str, x: Tensor, scale: Tensor, zero: Tensor | None, low: int, 
     rows, scales, zeros = _rows(x, scale, zero)
     assert rows.is_contiguous()
     assert scales.is_contiguous()
-    y = forward_triton(rows, scales, zeros, low, high, dtype).view(x.shape)
+    y = forward_triton(rows, scales, zeros, low, high, dtype)[0].view(x.shape)
     wanted = forward_reference(x, scale, zero, low, high, dtype)
     torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+    if zero is None:
+        same, codes = forward_triton(rows, scales, zeros, low, high, dtype, torch.float32)
+        torch.testing.assert_close(same.view(x.shape), wanted, rtol=0, atol=0, equal_nan=True)
+        assert codes is not None
+        codes_wanted = codes_reference(x, scale, low, high)
+        torch.testing.assert_close(codes.view(x.shape), codes_wanted, rtol=0, atol=0, equal_nan=True)
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     grad_rows = grad.view(rows.shape)
     dx, *grid = backward_triton(grad_rows, rows, scales, zeros, low, high, needs_x=True, needs_grid=True)

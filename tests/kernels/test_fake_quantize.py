@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hopper import spilled_on_hopper
 from quantize_layouts import LAYOUTS, border_values, code_range, make_layout
 from torch import Tensor
 
 from prefixquant.kernels.errors import KernelInputError
-from prefixquant.kernels.fake_quantize import fake_quantize
+from prefixquant.kernels.fake_quantize import fake_quantize, fake_quantize_with_codes
 
 TESTS = Path(__file__).resolve().parents[1]
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -206,6 +207,33 @@ def test_fake_quantize_gives_no_second_derivative():
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_fake_quantize_with_codes_is_fake_quantize_and_the_codes_of_its_result():
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scale = (torch.rand(6, 1, generator=torch.Generator().manual_seed(1)) + 0.1).requires_grad_()
+    wanted = fake_quantize(x, scale, None, -8, 7, torch.bfloat16)
+    y, codes = fake_quantize_with_codes(x, scale, -8, 7, torch.bfloat16)
+    assert torch.equal(y, wanted)
+    assert codes.dtype == torch.float8_e4m3fn
+    assert not codes.requires_grad
+    assert torch.equal((codes.float() * scale).bfloat16(), y)
+    grad = torch.randn(6, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert all(map(torch.equal, *(torch.autograd.grad(each, (x, scale), grad) for each in (y, wanted))))
+
+
+def test_fake_quantize_with_codes_refuses_codes_that_fp8_does_not_hold():
+    with pytest.raises(KernelInputError, match="holds the codes from -16 to 16, got -128 to 127"):
+        fake_quantize_with_codes(torch.ones(2, 16), torch.ones(2, 1), -128, 127)
+
+
+def test_the_kernel_that_writes_codes_compiles_for_hopper(tmp_path):
+    pytest.importorskip("triton")
+    from prefixquant.kernels.fake_quantize.kernel import _forward_kernel
+
+    types = ["*fp32", "*fp32", "*fp32", "*bf16", "*fp8e4nv", "i32", "i32", "i32", "i32"]
+    constants = {"ZERO": False, "LOW": -8, "HIGH": 7, "CODES": True, "BR": 1, "BC": 4096}
+    assert spilled_on_hopper(_forward_kernel, types, constants, {}, tmp_path) == 0
+
+
 def test_fake_quantize_kernels_in_the_interpreter_match_the_reference():
     # Triton reads TRITON_INTERPRET when it is imported, so the kernels run in a process of their own.
     script = Path(__file__).with_name("interpreted_fake_quantize.py")

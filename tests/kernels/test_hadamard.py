@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hopper import spilled_on_hopper
 
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.fake_quantize import fake_quantize
@@ -150,6 +152,29 @@ def test_hadamard_fake_quantize_is_its_two_steps_and_so_are_its_gradients(n):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_hadamard_fake_quantize_behind_a_swiglu_is_its_three_steps_and_so_are_its_gradients():
+    def make(seed):
+        return torch.randn(4, 3, 576, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+    leaves = [make(0).requires_grad_(), make(1).requires_grad_(), torch.tensor(0.2).double().requires_grad_()]
+    gate, up, scale = leaves
+    y = hadamard_fake_quantize(gate, scale, -8, 7, up)
+    wanted = fake_quantize(hadamard_transform(F.silu(gate) * up), scale, None, -8, 7)
+    assert torch.equal(y, wanted)
+    for mine, theirs in zip(
+        torch.autograd.grad(y, leaves, make(2)), torch.autograd.grad(wanted, leaves, make(2)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_hadamard_fake_quantize_refuses_an_up_of_another_type():
+    x = torch.ones(4, 16)
+    with pytest.raises(
+        KernelInputError, match=r"up must be like x, \(4, 16\) torch.float32, got \(4, 16\) torch.bfloat16"
+    ):
+        hadamard_fake_quantize(x, torch.tensor(1.0), -8, 7, x.bfloat16())
+
+
 def test_hadamard_fake_quantize_refuses_a_scale_a_row():
     with pytest.raises(KernelInputError, match=r"scalar scale, got torch.float32 and \(4, 1\)"):
         hadamard_fake_quantize(torch.ones(4, 16), torch.ones(4, 1), -8, 7)
@@ -157,17 +182,20 @@ def test_hadamard_fake_quantize_refuses_a_scale_a_row():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("swiglu", [False, True], ids=["plain", "swiglu"])
 @pytest.mark.parametrize("n", [576, 14336, 28672])
-def test_hadamard_fake_quantize_on_the_gpu_is_the_two_steps(n):
-    x = torch.randn(64, n, generator=torch.Generator().manual_seed(0)).bfloat16().cuda().requires_grad_()
+def test_hadamard_fake_quantize_on_the_gpu_is_its_steps(n, swiglu):
+    x, up, grad = (
+        torch.randn(64, n, generator=torch.Generator().manual_seed(seed)).bfloat16().cuda() for seed in range(3)
+    )
     scale = torch.tensor(0.4, device="cuda", requires_grad=True)
-    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
-    y = hadamard_fake_quantize(x, scale, -8, 7)
-    wanted = fake_quantize(hadamard_transform(x), scale, None, -8, 7)
+    leaves = [x.requires_grad_(), scale] + ([up.requires_grad_()] if swiglu else [])
+    y = hadamard_fake_quantize(x, scale, -8, 7, up if swiglu else None)
+    wanted = fake_quantize(hadamard_transform(F.silu(x) * up if swiglu else x), scale, None, -8, 7)
     # sums in another order: a value on a border of bfloat16, and then of a code, may fall to the other side
     assert ((y - wanted).abs() > 0.01).float().mean() < 0.01
     for mine, theirs in zip(
-        torch.autograd.grad(y, [x, scale], grad), torch.autograd.grad(wanted, [x, scale], grad), strict=True
+        torch.autograd.grad(y, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
     ):
         assert (mine.float() - theirs.float()).norm() / theirs.float().norm() < 0.05
 
@@ -178,7 +206,21 @@ def test_hadamard_fake_quantize_kernels_in_the_interpreter_match_the_reference()
     script = Path(__file__).with_name("interpreted_hadamard_fake_quantize.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("matches") == 3, done.stdout
+    assert done.stdout.count("matches") == 4, done.stdout
+
+
+@pytest.mark.parametrize("n", [1536, 14336, 28672])
+def test_joined_training_kernels_fit_the_registers_of_hopper(tmp_path, n):
+    pytest.importorskip("triton")
+    from prefixquant.kernels.hadamard import train_kernel
+
+    constants = train_kernel.launch_sizes(n, swiglu=True) | {"LOW": -8, "HIGH": 7}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    for kernel, types in (
+        (train_kernel._hadamard_forward_kernel, ["*bf16"] * 4 + ["*fp32"] + ["*bf16"] * 2),
+        (train_kernel._hadamard_backward_kernel, ["*bf16"] * 6 + ["*fp32"] + ["*bf16"] * 2 + ["*fp32"]),
+    ):
+        assert spilled_on_hopper(kernel, types, constants, options, tmp_path) <= 64  # of 1020 bytes in registers
 
 
 def test_hadamard_transform_in_blocks_takes_each_block_alone():

@@ -79,7 +79,7 @@ class Backend:
 def compile_with():
     torch._dynamo.reset()
     yield lambda module, backend: setattr(
-        module, "_trained", torch.compile(module._loss, backend=backend, fullgraph=True, dynamic=False)
+        module, "_compiled", torch.compile(module._loss, backend=backend, fullgraph=True, dynamic=False)
     )
     torch._dynamo.reset()
 

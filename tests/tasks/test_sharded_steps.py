@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,6 +17,7 @@ from prefixquant.tasks.model.modules import SiteLinear
 from prefixquant.tasks.model.quantizer import round_to_nearest
 from prefixquant.tasks.model.spec import QuantizeConfig, WeightSpec
 from prefixquant.tasks.model.trainable import make_trainable
+from prefixquant.tasks.model.ways import StepWays
 from prefixquant.tasks.parallel import ParameterGroup, Ranks
 from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.sharded_steps import ShardedRanks
@@ -92,12 +94,14 @@ class Outcome:
     clean: bool = False
 
 
-def scenario(ranks: Ranks, name, checkpoint=None, precision="fp32", backend=None):
+def scenario(ranks: Ranks, name, checkpoint=None, precision="fp32", backend=None, ways=None):
     """Train; look at the loss in between; rewind by writing inside whole(); go on from a checkpoint of other ranks."""
     out = Outcome(mean=float(ranks.mean(torch.tensor(float(ranks.rank)))))
     module, groups = problem(SPECS[name], frozen=name == "frozen-weights")
+    if ways is not None:
+        module.block.take_ways(ways)
     if backend is not None:
-        module._trained = torch.compile(module._loss, backend=backend, fullgraph=True, dynamic=False)
+        module._compiled = torch.compile(module._loss, backend=backend, fullgraph=True, dynamic=False)
     before = [(each, each.weight_quantizer) for each in module.modules() if isinstance(each, SiteLinear)]
     start = {name: each.detach().clone() for name, each in module.named_parameters()}
     stepper = ranks.stepper(module, groups, gradient_clip=CLIP, precision=precision)
@@ -151,7 +155,8 @@ def compiled(member):
     torch.set_num_threads(1)
     torch._dynamo.reset()
     with process_group(member, tiny.CPU):
-        return scenario(ShardedRanks(), "channel", backend="aot_eager").history
+        ways = StepWays(joined_swiglu=True, attention="padded")
+        return scenario(ShardedRanks(), "channel", backend="aot_eager", ways=ways).history
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +191,7 @@ def test_a_share_that_passes_in_parts_gives_the_same_steps(ray_session, single):
     torch.testing.assert_close(torch.tensor(got), torch.tensor(single["channel"].history), rtol=1e-4, atol=0)
 
 
-def test_a_compiled_block_gives_the_same_steps(ray_session, single):
+def test_a_compiled_block_gives_the_same_steps_in_other_ways(ray_session, single):
     got = run_group(compiled, (), ranks=2, cpus=1, gpus=0, name="compiled rows")
     torch.testing.assert_close(torch.tensor(got), torch.tensor(single["channel"].history), rtol=1e-4, atol=0)
 
@@ -228,6 +233,28 @@ def test_half_precision_is_that_of_a_single_process(outcomes, single, size, prec
     assert got.tolist() != outcomes[size]["channel"].history
 
 
+def left_alone(member):
+    torch.set_num_threads(1)
+    with process_group(member, tiny.CPU, timeout_s=3):
+        ranks = ShardedRanks()
+        module, groups = problem(SPECS["channel"])
+        stepper = ranks.stepper(module, groups, gradient_clip=CLIP, precision="fp32")
+        if member.rank == 1:
+            time.sleep(8)
+            return None
+        try:
+            stepper.step(*share(data()[0], ranks))
+        except RuntimeError as err:
+            return stepper.collectives.last, err.__notes__
+
+
+def test_a_rank_whose_others_stay_away_says_in_which_collective(ray_session):
+    last, notes = run_group(left_alone, (), ranks=2, cpus=1, gpus=0, name="a rank alone")
+    gathered = "all_gather of quantized rows of block.model.layers.0.self_attn.q_proj"
+    assert last.startswith("all_gather of quantized rows of block.model.layers.0.")
+    assert notes == [f"on rank 0 of 2, in {gathered}"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -245,6 +272,8 @@ def test_a_graph_with_its_collectives_takes_the_steps_of_the_eager_loop(precisio
             for step, batch in enumerate(data()):
                 stepper.set_learning_rates([1e-3 / (step + 1)] * len(groups))
                 history.append([float(each) for each in stepper.step(*(each.to(device) for each in batch))])
+            if ranks is not None:
+                chosen.close()  # before the process group is left, which waits for the graph to be gone
         histories.append(torch.tensor(history))
     single, eager, graphed = histories
     torch.testing.assert_close(graphed, eager, rtol=1e-5, atol=0)
