@@ -55,7 +55,7 @@ def _fast_hadamard_transform(x: torch.Tensor) -> str:
     error = (twice.float() - x.float()).norm() / x.float().norm()
     if not error <= 1e-2:
         return f"; fast_hadamard_transform is off by {float(error):.2g}; not timed"
-    ms = _median_ms(partial(hadamard_transform, x, n**-0.5))
+    ms = median_ms(partial(hadamard_transform, x, n**-0.5))
     return f"; fast_hadamard_transform {ms:.3f} ms, {2 * x.nbytes / ms / 1e6:.0f} GB/s"
 
 
