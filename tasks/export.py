@@ -16,6 +16,7 @@ from prefixquant.tasks.load import CONFIG, LoadedModel
 from prefixquant.tasks.model.block import block_shapes
 from prefixquant.tasks.model.checkpoint import INDEX_FILE, read_safetensors_header
 from prefixquant.tasks.model.families import find_family
+from prefixquant.tasks.model.generation import PrefixGeneration
 from prefixquant.tasks.model.saved import Sites, block_weights
 from prefixquant.tasks.model.sites import OnlineTransforms
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, QuantizeConfig, WeightSpec
@@ -76,8 +77,8 @@ def is_exported(folder: Path) -> bool:
 def load_quantized(folder: str | Path, *, device: str | torch.device | Sequence[torch.device] = "cpu") -> Any:
     """Return the quantized model in an exported folder as a transformers model, fake-quantized, prefix attached.
 
-    `model(input_ids)` puts the prefix in front by itself. To pass a cache of your own, as `generate` needs, take one
-    from `prefix_cache_for(model, batch_size)`. Several devices share the blocks, see `build_model`.
+    `model(input_ids)` and `model.generate(input_ids)` put the prefix in front by themselves. To pass a cache of your
+    own take one from `prefix_cache_for(model, batch_size)`. Several devices share the blocks, see `build_model`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -101,7 +102,7 @@ def load_quantized(folder: str | Path, *, device: str | torch.device | Sequence[
 
     stored = read_shard(folder / ENDS_FILE)
     prefix = read_shard(folder / PREFIX_FILE) if description["prefix_token_ids"] else None
-    return build_model(
+    model = build_model(
         config,
         family,
         blocks(),
@@ -111,6 +112,8 @@ def load_quantized(folder: str | Path, *, device: str | torch.device | Sequence[
         transforms=OnlineTransforms(**description["transforms"]),
         devices=devices,
     )
+    PrefixGeneration.become(model, description["prefix_token_ids"])
+    return model
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -66,8 +66,8 @@ def attach_prefix(base: nn.Module, attentions: list[nn.Module], prefix: tuple[Te
             if not all(isinstance(layer, PrefixLayer) for layer in given.layers) or not given.layers:
                 raise ValueError(
                     "this model's KV cache quantizes what enters and starts with the prefix; "
-                    "pass past_key_values=prefix_cache_for(model, batch_size), with `generate` also the prefix's token "
-                    "ids in front of the prompt; or, in a plain forward, no cache"
+                    "pass past_key_values=prefix_cache_for(model, batch_size), in `generate` with the prefix's ids in "
+                    "front of the prompt; or no cache"
                 )
             return args, kwargs
         tokens = args[0] if args else kwargs.get("input_ids")

@@ -113,22 +113,59 @@ def test_given_positions_count_from_the_first_token_behind_the_prefix(loaded):
     assert torch.equal(loaded(input_ids=ids, position_ids=torch.arange(20)[None]).logits, wanted)
 
 
-def test_greedy_generation_equals_a_full_forward_for_each_token(loaded):
+OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def greedy(model, prompt, tokens):
+    """Return a prompt and what a full forward for each token goes on with."""
+    for _ in range(tokens):
+        prompt = torch.cat([prompt, model(input_ids=prompt).logits[:, -1:].argmax(-1)], dim=1)
+    return prompt
+
+
+@pytest.mark.parametrize("limit", [{"max_new_tokens": 6}, {"max_length": 12}], ids=str)
+def test_greedy_generation_equals_a_full_forward_for_each_token(loaded, limit):
     prompt = tiny.random_ids(2, 6)
-    wanted = prompt
-    for _ in range(6):
-        wanted = torch.cat([wanted, loaded(input_ids=wanted).logits[:, -1:].argmax(-1)], dim=1)
+    wanted = greedy(loaded, prompt, 6).tolist()
+    assert loaded.generate(prompt, **limit, **OPTIONS).tolist() == wanted
+    found = loaded.generate(input_ids=prompt, return_dict_in_generate=True, **limit, **OPTIONS)
+    assert found.sequences.tolist() == wanted
+
+
+def test_prompts_padded_on_the_left_generate_what_they_do_alone(loaded):
+    prompt, mask = tiny.random_ids(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[1, :3] = 0
+    found = loaded.generate(prompt * mask, attention_mask=mask, max_new_tokens=4, **OPTIONS)
+    assert found[0].tolist() == greedy(loaded, prompt[:1], 4)[0].tolist()
+    assert found[1, 3:].tolist() == greedy(loaded, prompt[1:, 3:], 4)[0].tolist()
+
+
+@pytest.mark.parametrize("copies", [{"num_return_sequences": 3, "do_sample": True}, {"num_beams": 3}], ids=str)
+def test_several_sequences_of_a_prompt_start_behind_the_prefix_each(loaded, copies):
+    prompt = tiny.random_ids(2, 6)
+    torch.manual_seed(0)
+    found = loaded.generate(prompt, max_new_tokens=4, **(OPTIONS | copies))
+    repeats = copies.get("num_return_sequences", 1)
+    assert found.shape == (2 * repeats, 10)
+    assert torch.equal(found[:, :6], prompt.repeat_interleave(repeats, 0))
+
+
+def test_a_cache_of_the_callers_own_goes_with_the_ids_of_the_prefix(loaded):
+    prompt = tiny.random_ids(2, 6)
     start = torch.cat([torch.tensor([PREFIX_IDS] * 2), prompt], dim=1)
     found = loaded.generate(
         input_ids=start,
         attention_mask=torch.ones_like(start),
         past_key_values=prefix_cache_for(loaded, 2),
-        do_sample=False,
         max_new_tokens=6,
-        eos_token_id=None,
-        pad_token_id=0,
+        **OPTIONS,
     )
-    assert found[:, len(PREFIX_IDS) :].tolist() == wanted.tolist()
+    assert found[:, len(PREFIX_IDS) :].tolist() == greedy(loaded, prompt, 6).tolist()
+
+
+def test_generation_from_embeddings_is_refused(loaded):
+    with pytest.raises(ValueError, match="takes input_ids"):
+        loaded.generate(inputs_embeds=torch.zeros(1, 3, loaded.config.hidden_size), max_new_tokens=1)
 
 
 def test_foreign_cache_is_refused_with_the_right_one(loaded):
