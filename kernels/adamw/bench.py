@@ -1,10 +1,9 @@
 """Times an AdamW update against torch's fused one on one GPU: `python -m prefixquant.kernels.adamw.bench`."""
 
-import statistics
-from collections.abc import Callable
-
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]  # has no types
+
+from prefixquant.kernels.timing import median_ms, record
 
 from . import adamw_step, total_norm
 
@@ -54,29 +53,12 @@ def _compare(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
         return
     size = own.numel()
     num_bytes = size * (24 + gradient.element_size())
-    ms, torch_ms, norm_ms = (_median_ms(call) for call in (ours, theirs.step, lambda: total_norm([gradient])))
+    calls = ours, theirs.step, lambda: total_norm([gradient])
+    ms, torch_ms, norm_ms = (median_ms(record(call).replay, rounds=30, warmup=5) for call in calls)
     print(
         f"{name}: {ms:.3f} ms, {num_bytes / ms / 1e6:.0f} GB/s; torch's fused on float32 {torch_ms:.3f} ms, "
         f"{28 * size / torch_ms / 1e6:.0f} GB/s; norm {norm_ms:.3f} ms, {gradient.nbytes / norm_ms / 1e6:.0f} GB/s"
     )
-
-
-def _median_ms(call: Callable[[], object], repeats: int = 30) -> float:
-    """Return the median time of a call recorded as a CUDA graph, after five untimed ones."""
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for index in range(repeats + 5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if index >= 5:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Times fake quantization against the reference on one GPU: `python -m prefixquant.kernels.fake_quantize.bench`."""
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]  # has no types
 from torch import Tensor
+
+from prefixquant.kernels.timing import median_ms
 
 from . import fake_quantize
 from .reference import backward_reference, forward_reference
@@ -101,22 +102,8 @@ def _difference(x: Tensor, scale: Tensor, grad: Tensor) -> str | None:
 
 
 def _report(name: str, ours: Callable[[], None], plain: Callable[[], None], num_bytes: int) -> None:
-    ms, plain_ms = _median_ms(ours), _median_ms(plain)
+    ms, plain_ms = (median_ms(call, rounds=30, warmup=5) for call in (ours, plain))
     print(f"{name}: {ms:.3f} ms, {num_bytes / ms / 1e6:.0f} GB/s, {plain_ms / ms:.1f} times as fast as the reference")
-
-
-def _median_ms(call: Callable[[], None], repeats: int = 30) -> float:
-    """Return the median time of a call after five untimed ones."""
-    times = []
-    for index in range(repeats + 5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if index >= 5:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

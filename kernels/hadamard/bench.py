@@ -3,13 +3,13 @@
 Where fast_hadamard_transform is installed, it stands beside them for powers of two. Its matrix may have other signs.
 """
 
-import statistics
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]  # has no types
+
+from prefixquant.kernels.timing import median_ms
 
 from .kernel import fits, hadamard_triton
 from .reference import hadamard_transform_reference
@@ -31,7 +31,7 @@ def main() -> None:
     print("bfloat16, medians; GB/s of the input read once and the result written once")
     for name, shape in SHAPES.items():
         x = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).bfloat16()
-        products_ms = median_ms(partial(hadamard_transform_reference, x))
+        products_ms = median_ms(partial(hadamard_transform_reference, x), rounds=30, warmup=5)
         line = f"{name}: products {products_ms:.3f} ms, {2 * x.nbytes / products_ms / 1e6:.0f} GB/s"
         if fits(shape[1], torch.bfloat16):
             wanted = hadamard_transform_reference(x.float())
@@ -39,7 +39,7 @@ def main() -> None:
             if not error <= 5e-3:  # bfloat16 between the axes and at the end: 2^-9 each
                 print(f"{line}; the kernel is off by {float(error):.2g}; not timed")
                 continue
-            kernel_ms = median_ms(partial(hadamard_triton, x))
+            kernel_ms = median_ms(partial(hadamard_triton, x), rounds=30, warmup=5)
             line += f"; kernel {kernel_ms:.3f} ms, {2 * x.nbytes / kernel_ms / 1e6:.0f} GB/s"
         print(line + _fast_hadamard_transform(x))
 
@@ -55,22 +55,8 @@ def _fast_hadamard_transform(x: torch.Tensor) -> str:
     error = (twice.float() - x.float()).norm() / x.float().norm()
     if not error <= 1e-2:
         return f"; fast_hadamard_transform is off by {float(error):.2g}; not timed"
-    ms = median_ms(partial(hadamard_transform, x, n**-0.5))
+    ms = median_ms(partial(hadamard_transform, x, n**-0.5), rounds=30, warmup=5)
     return f"; fast_hadamard_transform {ms:.3f} ms, {2 * x.nbytes / ms / 1e6:.0f} GB/s"
-
-
-def median_ms(call: Callable[[], object], repeats: int = 30) -> float:
-    """Return the median time of a call after five untimed ones."""
-    times = []
-    for index in range(repeats + 5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if index >= 5:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

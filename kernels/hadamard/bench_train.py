@@ -15,8 +15,9 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]  
 from torch import Tensor
 
 from prefixquant.kernels.fake_quantize.reference import backward_reference, forward_reference
+from prefixquant.kernels.timing import median_ms
 
-from .bench import SHAPES, median_ms
+from .bench import SHAPES
 from .kernel import padded
 from .reference import hadamard_transform_reference
 from .train_kernel import backward_triton, forward_triton, launch_sizes
@@ -60,7 +61,7 @@ def _time(what: str, call: Callable[..., Results], wanted: Results, swiglu: bool
         if not apart <= TOLERANCE:
             print(f"{line}: off by {apart:.2g}; not timed")
             continue
-        ms = median_ms(partial(call, sizes=sizes))
+        ms = median_ms(partial(call, sizes=sizes), rounds=30, warmup=5)
         print(f"{line}: {ms:.3f} ms, {passes * x.nbytes / ms / 1e6:.0f} GB/s{' (used)' if sizes == used else ''}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, StaticCache
 
 from prefixquant.kernels.dispatch import overlapped_launches, uses_triton
+from prefixquant.kernels.timing import copy_rate, graph_us, median_ms, record
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.cache import cache_name
 from prefixquant.tasks.model.shapes import SHAPES
@@ -25,7 +26,6 @@ from prefixquant.tasks.runtime.model import QuantizedCausalLM
 from prefixquant.tasks.runtime.modules import Coded, CodedBlock, CodedLinear, InputSite
 from prefixquant.tasks.runtime.random_model import RandomSource
 from prefixquant.tasks.runtime.source import FolderSource, Source
-from prefixquant.tasks.runtime.timing import copy_rate, graph_us, median_ms, record
 
 LINEAR_ROWS = (1, 16, 2048)
 

@@ -21,17 +21,17 @@ def record(function: Callable[[], object], repeats: int = 1) -> torch.cuda.CUDAG
     return graph
 
 
-def median_ms(function: Callable[[], object], rounds: int = 7) -> float:
-    """Return the median time of a call in ms, by events on the device, after one call that is not counted."""
+def median_ms(function: Callable[[], object], rounds: int = 7, warmup: int = 1) -> float:
+    """Return the median time of a call in ms, by events on the device, after `warmup` calls that are not counted."""
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds + warmup):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times[1:])
+    return statistics.median(times[warmup:])
 
 
 def graph_us(functions: Sequence[Callable[[], object]], repeats: int = 5) -> float:
