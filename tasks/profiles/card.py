@@ -123,10 +123,10 @@ def _prefix(model: ExportedModel, profile: Profile, described: Mapping[str, Any]
             f"| PEFT prefix-tuning adapter | `{ADAPTER}` | yes |",
             f"| tokenizer that puts the tokens first ({chats}) | `{TOKENIZER}` | no: they pass the quantizers |",
             "",
-            "Use one of them, not two. Behind keys and values a BOS of the tokenizer's is one too many if the prefix",
-            "ends with it: tokenize with `add_special_tokens=False`. In a batch padded on the left, `position_ids` must",
-            "not count the padding, which moves tokens away from the prefix: `generate` sees to it, a plain forward does",
-            "not.",
+            "Use one of them, not two. Behind keys and values a BOS of the tokenizer's is one too many if the",
+            "prefix ends with it: tokenize with `add_special_tokens=False`. In a batch padded on the left,",
+            "`position_ids` must not count the padding, which moves tokens away from the prefix: `generate` sees",
+            "to it, a plain forward does not.",
         ]
     else:
         lines.append(
