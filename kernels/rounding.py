@@ -13,13 +13,14 @@ def nearest(x):
 
 
 @triton.jit
-def codes_of(x, scale, inverse, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Return float32 clamp(round(x / scale), LOW, HIGH); `inverse` is 1 / scale, correctly rounded.
+def codes_of(x, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Return float32 clamp(round(x / scale), LOW, HIGH).
 
     Bounds come first: they are codes, so the result is the same, and nothing overflows on the way. The quotient is
     corrected by what is left of x, which rounds it as a division does (Markstein, IBM J. Res. Dev. 34 (1990), theorem
     5) in a fraction of the instructions.
     """
+    inverse = tl.div_rn(1.0, scale)
     x = tl.minimum(tl.maximum(x, LOW * scale), HIGH * scale)
     quotient = x * inverse
     return nearest(tl.fma(tl.fma(-quotient, scale, x), inverse, quotient))

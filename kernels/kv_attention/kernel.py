@@ -144,9 +144,8 @@ def split_kernel(
         is_key = i_h < HQ + H
         i_kv = tl.where(is_key, i_h - HQ, i_h - HQ - H)
         b_s = tl.load(tl.where(is_key, key_scale, value_scale) + i_kv)
-        inverse = tl.div_rn(1.0, b_s)
-        lo = codes_of(b_lo.to(tl.float32), b_s, inverse, -8, 7).to(tl.int32) & 15
-        hi = codes_of(b_hi.to(tl.float32), b_s, inverse, -8, 7).to(tl.int32) & 15
+        lo = codes_of(b_lo.to(tl.float32), b_s, -8, 7).to(tl.int32) & 15
+        hi = codes_of(b_hi.to(tl.float32), b_s, -8, 7).to(tl.int32) & 15
         byte = lo | (hi << 4)
         o_s = tl.load(place) + o_t
         p_y = tl.where(is_key, keys, values) + (i_b * H + i_kv) * S * HALF + o_s[:, None] * HALF + o_c[None, :]
@@ -313,8 +312,7 @@ def combine_kernel(
     b_y = tl.load(parts + (o_s[:, None] * ROWS + i) * C + o_c[None, :], mask=m[:, None], other=0.0)
     b_y = tl.sum(b_y * share[:, None], axis=0).to(DTYPE)
     if QUANTIZE:
-        b_s = tl.load(scale)
-        b_y = codes_of(b_y.to(tl.float32), b_s, tl.div_rn(1.0, b_s), LOW, HIGH)
+        b_y = codes_of(b_y.to(tl.float32), tl.load(scale), LOW, HIGH)
     tl.store(y + i * C + o_c, b_y.to(y.dtype.element_ty))
 
 

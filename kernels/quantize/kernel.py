@@ -53,9 +53,8 @@ def quantize_kernel(
         tl.store(scales + i, b_s)
     else:
         b_s = tl.load(scale)
-    inverse = tl.div_rn(1.0, b_s)
-    b_lo = codes_of(b_lo, b_s, inverse, LOW, HIGH)
-    b_hi = codes_of(b_hi, b_s, inverse, LOW, HIGH)
+    b_lo = codes_of(b_lo, b_s, LOW, HIGH)
+    b_hi = codes_of(b_hi, b_s, LOW, HIGH)
     if PACKED:
         byte = (b_lo.to(tl.int32) & 15) | ((b_hi.to(tl.int32) & 15) << 4)
         tl.store(codes + i * half + o, byte.to(tl.uint8), mask=m)
