@@ -235,14 +235,16 @@ def _prompt(model: Any, config: BenchConfig, report: BenchReport, name: str) -> 
 
 def _takes_the_same_steps(model: Any, report: BenchReport, steps: int = 20) -> bool:
     """Return whether steps with launches overlapped, as they are here, give the logits of launches one by one."""
-    name, ids = cache_name(model.base_model), _ids(model.config, 1, 64 + steps)
-    caches = [model.new_cache(1) for _ in range(2)]
-    for cache in caches:
-        model.forward(input_ids=ids[:, :64], **{name: cache})
-    found = [[model(input_ids=ids[:, 64 + i, None], **{name: caches[0]}).logits.clone() for i in range(steps)]]
+    ids = _ids(model.config, 1, 64 + steps)
+
+    def take() -> list[Tensor]:
+        cached = {cache_name(model.base_model): model.new_cache(1)}
+        model.forward(input_ids=ids[:, :64], **cached)
+        return [model(input_ids=ids[:, 64 + index, None], **cached).logits.clone() for index in range(steps)]
+
+    found = take()
     with overlapped_launches(False):
-        found.append([model(input_ids=ids[:, 64 + i, None], **{name: caches[1]}).logits.clone() for i in range(steps)])
-    same = all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        same = all(torch.equal(*pair) for pair in zip(found, take(), strict=True))
     report.figure("check/overlapped", same, f"overlapped launches give the same {steps} steps, to the bit: {same}")
     return same
 

@@ -80,12 +80,12 @@ def compare_with_simulation(
     errors: list[float] = []
     for window_T in windows_NT.to(device):
         ids = window_T.unsqueeze(0)
-        with _seen(simulation) as streams:
+        with seen_streams(simulation) as streams:
             wanted_TV = simulation(input_ids=ids).logits[0].float()
         with _changed_embeddings(simulation):
             control_TV = simulation(input_ids=ids).logits[0].float()
         free_TV = runtime(input_ids=ids).logits[0].float()
-        with _given(runtime, streams[:-1]) as outputs:
+        with given_streams(runtime, streams[:-1]) as outputs:
             runtime(input_ids=ids)
         last_TD, change_TD = streams[-1], torch.zeros_like(streams[-1])
         for before_TD, after_TD, found_TD in zip(streams, streams[1:], outputs, strict=False):
@@ -104,7 +104,7 @@ def compare_with_simulation(
 
 
 @contextmanager
-def _seen(model: Any) -> Iterator[list[Tensor]]:
+def seen_streams(model: Any) -> Iterator[list[Tensor]]:
     """Give the list that the next forward fills with what enters each block, and with what leaves the last."""
     streams: list[Tensor] = []
     layers = model.base_model.layers
@@ -118,12 +118,12 @@ def _seen(model: Any) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _given(model: Any, streams: list[Tensor]) -> Iterator[list[Tensor]]:
+def given_streams(model: Any, streams: list[Tensor]) -> Iterator[list[Tensor]]:
     """Have each block take one of the streams, and give the list that the next forward fills with their outputs."""
     outputs: list[Tensor] = []
     handles = []
     for layer, stream in zip(model.base_model.layers, streams, strict=True):
-        given = stream.to(model.dtype)
+        given = stream.to(model.device, model.dtype)
         handles.append(layer.register_forward_pre_hook(lambda _, args, given=given: (given, *args[1:])))
         handles.append(layer.register_forward_hook(lambda _, args, output: outputs.append(output)))
     try:

@@ -10,6 +10,7 @@ from exported import Exported
 from prefixquant.kernels.dispatch import overlapped_launches, references
 from prefixquant.tasks.model.cache import cache_name
 from prefixquant.tasks.runtime import QuantizedCausalLM
+from prefixquant.tasks.runtime.faithful import given_streams, seen_streams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,18 +45,17 @@ def relative_error(found, wanted):
 
 def block_outputs(model, ids, inputs):
     """Return what each block gives of its input."""
-    outputs = []
-    for layer, given in zip(model.model.layers, inputs, strict=True):
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda _, args, given=given: (given.to(model.device, model.dtype), *args[1:])
-            ),
-            layer.register_forward_hook(lambda _, args, output: outputs.append(output)),
-        ]
+    with given_streams(model, inputs) as outputs:
         model(input_ids=ids.to(model.device))
-        for handle in handles:
-            handle.remove()
     return outputs
+
+
+def caches_behind(model, ids):
+    """Return two caches that hold the same prompt."""
+    caches = [model.new_cache(len(ids)) for _ in range(2)]
+    for cache in caches:
+        model.forward(input_ids=ids, **{cache_name(model.base_model): cache})
+    return caches
 
 
 @dtypes
@@ -66,12 +66,10 @@ def test_blocks_are_no_further_from_32_bits_than_the_references(exported, tokens
     cpu, same = load(exported, torch.float32, "cpu"), load(exported, dtype, "cpu")
     gpu = load(exported, dtype, fast_prompts=fast_prompts)
     gpu.recording = False  # hooks are to see each forward
-    ids, inputs = tiny.random_ids(2, tokens), []
-    handles = [layer.register_forward_hook(lambda _, args, out: inputs.append(args[0])) for layer in cpu.model.layers]
-    cpu(input_ids=ids)
-    for each in handles:
-        each.remove()
-    outputs = (block_outputs(model, ids, inputs) for model in (cpu, same, gpu))
+    ids = tiny.random_ids(2, tokens)
+    with seen_streams(cpu) as streams:
+        cpu(input_ids=ids)
+    outputs = (block_outputs(model, ids, streams[:-1]) for model in (cpu, same, gpu))
     for wanted, reference, found in zip(*outputs, strict=True):
         # Another rounding takes values across the edge between two codes: few in 32 bits, some in a hundred in 16.
         assert relative_error(found, wanted) < 2 * relative_error(reference, wanted) + 0.05
@@ -82,9 +80,7 @@ def test_blocks_are_no_further_from_32_bits_than_the_references(exported, tokens
 def test_recorded_steps_give_the_logits_of_eager_ones(exported, dtype):
     model = load(exported, dtype)
     name, ids = cache_name(model.base_model), tiny.random_ids(2, 264).cuda()
-    recorded, eager = model.new_cache(2), model.new_cache(2)
-    for cache in (recorded, eager):
-        model.forward(input_ids=ids[:, :250], **{name: cache})
+    recorded, eager = caches_behind(model, ids[:, :250])
     graphs = []
     for index in range(250, 264):  # past 256 places, where the cache grows and a step is recorded anew
         step = ids[:, index : index + 1]
@@ -101,9 +97,7 @@ def test_recorded_steps_give_the_logits_of_eager_ones(exported, dtype):
 def test_overlapped_launches_change_no_bit(exported, dtype):
     model = load(exported, dtype)
     name, ids = cache_name(model.base_model), tiny.random_ids(2, 80).cuda()
-    one_by_one, overlapped = model.new_cache(2), model.new_cache(2)
-    for cache in (one_by_one, overlapped):
-        model.forward(input_ids=ids[:, :40], **{name: cache})
+    one_by_one, overlapped = caches_behind(model, ids[:, :40])
     for index in range(40, 80):
         step = ids[:, index : index + 1]
         wanted = model(input_ids=step, **{name: one_by_one}).logits.clone()
