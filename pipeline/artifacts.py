@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from prefixquant.cluster.errors import CacheFull, StoreUnwritable
+from prefixquant.cluster.errors import ArtifactMissing, CacheFull, StoreUnwritable
 from prefixquant.cluster.store import ArtifactStore, Manifest
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.errors import PrefixQuantError
@@ -76,9 +76,15 @@ def load_artifact(store: ArtifactStore, key: str) -> Artifact:
 
 def _load_tensors(store: ArtifactStore, key: str) -> dict[str, Tensor]:
     try:
-        return load_file(store.local_path(key, TENSORS))
+        path = store.local_path(key, TENSORS)
     except CacheFull:  # a node whose disk is full goes on, at the price of memory
         return _load_from_memory(store.read(key, TENSORS))
+    try:
+        return load_file(path)
+    except (OSError, RuntimeError, SafetensorError) as err:
+        if path.exists():
+            raise
+        raise ArtifactMissing(f"artifact {key} was removed while it was read", key, TENSORS) from err
 
 
 def _load_from_memory(data: bytes) -> dict[str, Tensor]:

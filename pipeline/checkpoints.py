@@ -15,6 +15,9 @@ from prefixquant.pipeline.keys import node_key
 from prefixquant.tasks.artifact import Artifact
 from prefixquant.tasks.parallel import Ranks
 
+_LOOKS = 3
+"""How often a state that goes while it is read is looked for again."""
+
 
 class StoredCheckpoints:
     """Checkpoints of one block, at most one a number of seconds. Satisfies `train_block.Checkpoints`.
@@ -33,16 +36,7 @@ class StoredCheckpoints:
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the newest state, tensors and record, or None; the same on every rank."""
-        epochs = range(1, self._epochs + 1)
-        with ThreadPoolExecutor(16) as pool:  # one round trip each on a remote store
-            there = list(pool.map(self._store.has, map(self._key, epochs)))
-        self._kept = {epoch for epoch, found in zip(epochs, there, strict=True) if found}
-        newest = max(self._kept, default=0)
-        artifact = None
-        try:
-            artifact = load_artifact(self._store, self._key(newest)) if newest else None
-        except (ArtifactMissing, ArtifactCorrupted):
-            newest = 0  # the block then starts over
+        newest, artifact = self._newest()
         seen = torch.tensor([newest, newest**2], dtype=torch.float64, device=self._device)
         mean, square = self._ranks.mean(seen).tolist() if self._ranks.size > 1 else seen.tolist()
         if artifact is None or mean**2 != square:  # all ranks go on from the same state or none does
@@ -77,6 +71,28 @@ class StoredCheckpoints:
             for epoch in self._kept:
                 self._store.discard(self._key(epoch))
         self._kept = set()
+
+    def _newest(self) -> tuple[int, Artifact | None]:
+        """Return the newest state and its epoch; 0 and None without one, and the block starts over.
+
+        A worker whose driver was killed lives on for a moment and replaces its state while it is read here.
+        """
+        for _ in range(_LOOKS):
+            self._kept = self._there()
+            newest = max(self._kept, default=0)
+            if newest == 0:
+                break
+            try:
+                return newest, load_artifact(self._store, self._key(newest))
+            except (ArtifactMissing, ArtifactCorrupted):
+                continue
+        return 0, None
+
+    def _there(self) -> set[int]:
+        epochs = range(1, self._epochs + 1)
+        with ThreadPoolExecutor(16) as pool:  # one round trip each on a remote store
+            there = list(pool.map(self._store.has, map(self._key, epochs)))
+        return {epoch for epoch, found in zip(epochs, there, strict=True) if found}
 
     def _key(self, epoch: int) -> str:
         return node_key("checkpoint", 1, {"of": self._of, "epoch": epoch}, {})

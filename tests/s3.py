@@ -1,5 +1,6 @@
 """A real S3 server on loopback (moto), and a proxy in front of it that does to requests what networks and clouds do."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,8 +143,15 @@ class FaultyS3:
             def log_message(self, *arguments: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *request: Any) -> None:
+                # A client that was killed, or a server that is gone: not the next test's output.
+                if not isinstance(sys.exc_info()[1], ConnectionError):
+                    super().handle_error(*request)
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.endpoint = "http://{}:{}".format(*self._server.server_address[:2])
 
     def __enter__(self) -> "FaultyS3":

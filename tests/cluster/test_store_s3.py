@@ -6,11 +6,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 import s3fs
-from s3 import KEYS, FaultyS3, alter, behind_proxy, lose_answer, make_bucket, refuse, s3_server, truncate
+from s3 import KEYS, Answer, FaultyS3, alter, behind_proxy, lose_answer, make_bucket, refuse, s3_server, truncate
 
 from prefixquant.cluster.store import (
     ArtifactCorrupted,
@@ -174,24 +174,21 @@ ArtifactStore(sys.argv[1]).publish(sys.argv[2], {"a": b"p" * 6_000_000, "b": b"q
 
 
 def test_a_writer_killed_between_data_and_manifest_leaves_no_artifact_and_the_next_one_publishes(s3, store):
-    reached = []
+    reached, dead = threading.Event(), threading.Event()
 
     def stop_at_manifest(request, ask):
-        reached.append(request.path)
-        time.sleep(60)  # until the writer is dead, and with it the connection
-        return ask()
+        reached.set()
+        dead.wait(60)  # and with the writer its connection
+        return Answer(0)
 
     s3.fault = lambda request: (
         stop_at_manifest if (request.method, "manifest" in request.path) == ("PUT", True) else None
     )
     writer = subprocess.Popen([sys.executable, "-c", WRITER, store.url, KEY])
-    deadline = time.monotonic() + 60
-    while not reached:
-        assert time.monotonic() < deadline
-        assert writer.poll() is None
-        time.sleep(0.01)
+    assert reached.wait(60), writer.poll()
     writer.send_signal(signal.SIGKILL)
     writer.wait()
+    dead.set()
     s3.fault = lambda request: None
     assert objects(store) == ["a", "b"]
     assert not store.has(KEY)

@@ -143,7 +143,8 @@ def test_a_killed_driver_leaves_trained_blocks_that_are_not_trained_again(done, 
     assert not done.store.has(graph.key("trained[1]"))
     kept = done.store.manifest(graph.key("trained[0]"))
     summary = done.run(*CHANGE)
-    assert summary.tasks_run == 3  # training, export, report
+    # Training, export, report; the killed driver's worker lives on for a moment and can finish the second block itself.
+    assert summary.tasks_run in (2, 3)
     assert done.store.manifest(graph.key("trained[0]")) == kept
     assert (digests(done, graph), losses(done, graph)) == undisturbed
 
