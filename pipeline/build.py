@@ -7,11 +7,12 @@ from pathlib import Path
 
 from prefixquant.pipeline.build_evaluation import Evaluation, is_result
 from prefixquant.pipeline.build_training import Training, training_windows
-from prefixquant.pipeline.estimates import Shape, estimate
+from prefixquant.pipeline.estimates import estimate
 from prefixquant.pipeline.graph import Graph, Node
 from prefixquant.pipeline.machines import CPU, Machine, find_machine
 from prefixquant.pipeline.recipe import Recipe
 from prefixquant.pipeline.report import REPORT, ReportNode
+from prefixquant.pipeline.shape import Shape
 from prefixquant.pipeline.stage_profiles import EXPORT_PROFILE, PROFILE, ProfileNode
 from prefixquant.pipeline.stages import (
     BLOCK,

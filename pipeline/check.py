@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prefixquant.cluster.store import ArtifactMissing, ArtifactStore
-from prefixquant.pipeline.estimates import Shape, estimate, work_of
+from prefixquant.pipeline.estimates import estimate, work_of
 from prefixquant.pipeline.graph import Estimate, Graph
 from prefixquant.pipeline.machines import Machine, Work
+from prefixquant.pipeline.shape import Shape
 from prefixquant.pipeline.worker import NodeResult
 
 FORWARD_STAGES = ("prefix", "calibrate", "stream", "evaluate", "evaluate_part")

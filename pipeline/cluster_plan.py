@@ -3,10 +3,11 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from prefixquant.pipeline.estimates import Shape, estimate
+from prefixquant.pipeline.estimates import estimate
 from prefixquant.pipeline.graph import Graph, Node
 from prefixquant.pipeline.machines import Machine
 from prefixquant.pipeline.placement import GPU_CONTEXT_BYTES, ranks_for
+from prefixquant.pipeline.shape import Shape
 from prefixquant.pipeline.simulate import Schedule, simulate
 from prefixquant.tasks.errors import ConfigError
 

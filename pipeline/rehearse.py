@@ -27,11 +27,11 @@ from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.artifacts import load_artifact
 from prefixquant.pipeline.build import Source, build_graph, load_node, targets
 from prefixquant.pipeline.check import Measured, StageCheck, compare, fit, table
-from prefixquant.pipeline.estimates import Shape
 from prefixquant.pipeline.graph import Estimate, Graph
 from prefixquant.pipeline.machines import Machine, machine_of
 from prefixquant.pipeline.recipe import load_recipe
 from prefixquant.pipeline.runner import Event, RunResult, Session, execute
+from prefixquant.pipeline.shape import Shape
 from prefixquant.pipeline.source import source_fingerprint
 from prefixquant.pipeline.worker import peak_host_bytes
 from prefixquant.tasks.errors import CheckpointError, ConfigError, PrefixQuantError

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from prefixquant.pipeline.build import Source, build_graph
-from prefixquant.pipeline.estimates import Shape
 from prefixquant.pipeline.graph import Graph
 from prefixquant.pipeline.machines import Machine, find_machine
 from prefixquant.pipeline.recipe import Recipe, load_recipe
+from prefixquant.pipeline.shape import Shape
 from prefixquant.tasks.random_checkpoint import shape_model
 
 H200 = find_machine("NVIDIA H200")

@@ -6,8 +6,9 @@ import pytest
 from planned import H200, build
 
 from prefixquant.pipeline.check import Measured, compare, fit, stored_measurements, table
-from prefixquant.pipeline.estimates import Shape, estimate
+from prefixquant.pipeline.estimates import estimate
 from prefixquant.pipeline.machines import find_machine
+from prefixquant.pipeline.shape import Shape
 from prefixquant.tasks.load import load_model
 
 STAGES = ("rotate", "prefix", "calibrate", "stream", "block", "train", "evaluate")

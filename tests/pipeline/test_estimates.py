@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from planned import H200, build
 
-from prefixquant.pipeline.estimates import estimate, stream_place, train_bytes, work_of
+from prefixquant.pipeline.estimates import estimate, work_of
 from prefixquant.pipeline.machines import Work, find_machine
+from prefixquant.pipeline.training_estimates import stream_place, train_bytes
 
 MEMORY, TIME = 0.15, 0.40  # how good predictions have to be
 

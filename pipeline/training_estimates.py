@@ -1,0 +1,99 @@
+"""What the training of blocks is expected to cost."""
+
+from typing import Any
+
+from prefixquant.pipeline.cost import SEARCH_BYTES, Cost, forward_work
+from prefixquant.pipeline.machines import Machine, Work
+from prefixquant.pipeline.shape import Shape
+from prefixquant.tasks.streams import DEVICE_SHARE
+from prefixquant.tasks.train_config import TrainConfig
+
+ACTIVATION_BYTES = 26
+"""Kept for the backward of a training step, a token and channel (hidden and intermediate); from blocks of 8B and 70B models."""
+
+LOGIT_COPIES = 15
+"""Float32 tensors of the size of 1024 tokens' logits that the loss past the last block holds at once; on an H200."""
+
+CPU_LOGIT_COPIES = 5
+"""The same on a CPU."""
+
+
+def train_bytes(shape: Shape, train: TrainConfig, *, ranks: int = 1, last: bool = True, gpu: bool = True) -> float:
+    """Return the bytes on a rank's device while a block is trained, the streams aside.
+
+    `last`: whether the blocks whose loss is that of the logits are among them.
+    """
+    tokens = train.batch_size // ranks * train.sequence_length
+    kept = ACTIVATION_BYTES * tokens * shape.channels
+    # Float32: the weight and two moments (of the rank's rows; with ZeRO the moments alone are divided), the best epoch.
+    # Bfloat16: the weight on its grid. Gradients replace the activations in the course of the backward.
+    owned = 12 / ranks if train.sharding == "rows" else 4 + 8 / ranks
+    states = (owned + 4) * shape.parameters
+    peak = states + max(2 * shape.parameters + kept, 4 * shape.parameters + SEARCH_BYTES * shape.largest / 4)
+    ahead = min(train.lookahead, shape.blocks - 1)
+    peak += (1 + ahead) * shape.block_bytes + ahead * kept
+    if last and ahead:
+        copies = LOGIT_COPIES if gpu else CPU_LOGIT_COPIES
+        peak += shape.ends_bytes / 2 + copies * 4 * min(tokens, 1024) * shape.vocabulary
+    return peak
+
+
+def stream_place(shape: Shape, train: TrainConfig, machine: Machine, ranks: int = 1) -> tuple[str, float]:
+    """Return where the streams of a rank are kept (device, host or disk), and their bytes."""
+    tokens = (train.sequences + train.validation_sequences) * train.sequence_length // ranks
+    total = (2 if train.target == "fp_input" else 3) * float(shape.stream_bytes(tokens))
+    if train.offload_to_disk:
+        return "disk", total
+    fits = machine.memory_bytes > 0 and total < DEVICE_SHARE * machine.memory_bytes
+    return ("device" if fits else "host"), total
+
+
+def training_cost(stage: str, config: Any, shape: Shape, machine: Machine, ranks: int) -> Cost:
+    """Return what one of so many ranks has to do to train the blocks of a node; `stage`: its task's name."""
+    train: TrainConfig = config.train
+    trained = config.stop - config.first
+    tokens = train.sequences * train.sequence_length
+    held_out = train.validation_sequences * train.sequence_length
+    steps = train.epochs * (train.sequences // train.batch_size) * trained
+    passed = 1 + train.lookahead
+    # Forward and backward of the block, and, without gradients of weights, of those it looks through.
+    training = train.epochs * tokens * trained * (6.0 + 4.0 * train.lookahead) * shape.parameters
+    # Both streams pass every block, and the validation loss once an epoch and before.
+    streams = (tokens + held_out) * (config.stop + trained - 1)
+    streams += (train.epochs + 1) * held_out * passed * trained
+    if train.target != "fp_input":
+        streams += (tokens + held_out) * passed * trained
+    passes = forward_work(shape, streams // ranks)
+    looked = 1 + 0.67 * train.lookahead
+    # Past the last block the loss is that of the logits: of output and target, again in the backward, and its gradient.
+    last = max(0, config.stop - max(config.first, shape.blocks - train.lookahead))
+    head = 2.0 * shape.vocabulary * shape.hidden * last
+    training += head * (5 * train.epochs * tokens + 2 * (train.epochs + 1) * held_out)
+    passes["flops"] |= {"train": training / ranks}
+    passes["elements"] |= {"train": train.epochs * tokens * trained * shape.channels * looked / ranks}
+    # A step gathers weights and reduces gradients: with rows in 16 bits and recorded as a graph, with ZeRO in 32.
+    rows = train.sharding == "rows"
+    exchanged = 2 * (2 if rows else 4) * shape.parameters * (ranks - 1) / ranks
+    graphed = rows or ranks == 1
+    place, stream_bytes = stream_place(shape, train, machine, ranks)
+    reads = (config.stop + trained + train.lookahead) * shape.block_bytes + trained * shape.quantized_bytes
+    return Cost(
+        work=Work(
+            stage=stage,
+            updates=steps
+            * shape.parameters
+            * (1 / ranks if rows else (1 + 1 / ranks) / 2),  # ZeRO shards the optimizer
+            steps=steps * passed if graphed else 0,
+            eager_steps=0 if graphed else steps * passed,
+            exchanged_bytes=steps * exchanged,
+            blocks=config.stop + 2 * trained,
+            trained_blocks=trained,
+            read_bytes=reads + shape.ends_bytes,
+            **passes,
+        ),
+        device=train_bytes(shape, train, ranks=ranks, last=last > 0, gpu=machine.memory_bytes > 0)
+        + (stream_bytes if place == "device" else 0),
+        host=4 * shape.parameters + 2 * shape.block_bytes + shape.ends_bytes + (stream_bytes if place == "host" else 0),
+        stored=shape.quantized_bytes * trained,
+        disk=stream_bytes if place == "disk" else 0,
+    )
