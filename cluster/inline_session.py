@@ -90,8 +90,8 @@ class InlineSession:
         return properties.name, properties.total_memory
 
     def fit(self, cpus: int, gpus: float) -> tuple[int, float]:
-        """Return the request cut to what is here."""
-        return min(cpus, self.cpus), min(gpus, self.gpus)
+        """Return what a task gets: all cores, since it runs alone, and of GPUs what it asks for if that is here."""
+        return self.cpus, min(gpus, self.gpus)
 
     def submit(self, function: Callable[..., Any], *args: Any, **request: Any) -> Ref:
         """Keep `function(*args)` for `wait` and return a handle; what it asks for is all here."""

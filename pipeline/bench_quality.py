@@ -23,13 +23,17 @@ from typing import Any
 
 import torch
 
+from prefixquant.cluster.inline_session import InlineSession
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.artifacts import load_record
-from prefixquant.pipeline.build import UNTRAINED
+from prefixquant.pipeline.build import UNTRAINED, build_graph
 from prefixquant.pipeline.graph import Graph
-from prefixquant.pipeline.inline import InlineRuns
+from prefixquant.pipeline.loading import look_over, prepare
+from prefixquant.pipeline.machines import machine_of
 from prefixquant.pipeline.materialize import check_output, materialize
+from prefixquant.pipeline.outcome import RunFailedError
 from prefixquant.pipeline.recipe import Recipe, load_recipe
+from prefixquant.pipeline.runner import execute
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
 
 SETTINGS = {
@@ -108,12 +112,43 @@ def recipe_of(setting: str, overrides: Sequence[str], everywhere: Sequence[str])
     return load_recipe(name, [*own, *(each for each in everywhere if not each.startswith(absent))])
 
 
-def measure(setting: str, recipe: Recipe, runs: InlineRuns) -> tuple[Measured, Graph, int]:
-    """Run what a setting needs and return its figures, its graph and the number of blocks."""
-    graph, model = runs.open(recipe)
-    evaluated = [name for name in graph.nodes if name.startswith("evaluate[")]
-    runs.run(graph, ["export", *graph.parents("export"), *evaluated])
-    return _read(setting, graph, runs.store), graph, model.num_blocks
+class _Progress:
+    """Says on standard error what is under way, at most every other second."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Show the task that has ended or, while blocks are trained, the epoch."""
+        now = time.monotonic()
+        if now - self._last >= SECONDS_BETWEEN_LINES:
+            print(f"[{now - self._start:.0f} s] {text}", file=sys.stderr, flush=True)
+            self._last = now
+
+
+class Bench:
+    """Measures settings, one after the other. What a store holds is not computed again."""
+
+    def __init__(self, store: ArtifactStore, device: str) -> None:
+        self.store, self._progress = store, _Progress()
+        self._session = InlineSession(
+            device=device,
+            cpus=torch.get_num_threads(),
+            listener=lambda message: self._progress.say(message.get("text", "")),
+        )
+
+    def measure(self, setting: str, recipe: Recipe) -> tuple[Measured, Graph, int]:
+        """Run what a setting needs and return its figures, its graph and the number of blocks."""
+        source = prepare(recipe)
+        model, _ = look_over(source, self.store, lambda: self._session)
+        graph = build_graph(recipe, source, model, machine=machine_of(self._session.gpu()))
+        evaluated = [name for name in graph.nodes if name.startswith("evaluate[")]
+        streams = [name for name, node in graph.nodes.items() if node.task.ephemeral]  # the next settings want them too
+        wanted = ["export", *graph.parents("export"), *evaluated, *streams]
+        execute(
+            graph, wanted, self.store, self._session, on_event=lambda event: self._progress.say(event.node)
+        ).require()
+        return _read(setting, graph, self.store), graph, model.num_blocks
 
 
 def _read(setting: str, graph: Graph, store: ArtifactStore) -> Measured:
@@ -156,23 +191,6 @@ def _read(setting: str, graph: Graph, store: ArtifactStore) -> Measured:
     )
 
 
-class _Progress:
-    """Says on standard error what is under way, at most every other second."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
-
-    def put(self, message: dict[str, Any]) -> None:
-        """Show the task that begins or, while blocks are trained, the epoch that is done."""
-        now, text = time.monotonic(), message.get("text") or message.get("node")
-        if text and now - self._last >= SECONDS_BETWEEN_LINES:
-            print(f"[{now - self._start:.0f} s] {text}", file=sys.stderr, flush=True)
-            self._last = now
-
-    def flush(self) -> None:
-        """Do nothing: every line has been written."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the settings that are asked for and return the exit status."""
     parser = argparse.ArgumentParser(
@@ -201,34 +219,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_output(args.export)
         with ExitStack() as stack:
             folder = args.store or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefixquant-")))
-            runs = InlineRuns(ArtifactStore(os.fspath(folder.absolute())), _device(args.device), _Progress())
-            _measure_all(recipes, runs, args.export)
+            bench = Bench(ArtifactStore(os.fspath(folder.absolute())), _device(args.device))
+            _measure_all(recipes, bench, args.export)
     except PrefixQuantError as err:
         print(f"{parser.prog}: {err}", file=sys.stderr)
-        return 2 if isinstance(err, ConfigError) else 1
+        return 1 if isinstance(err, RunFailedError) and not err.input_is_wrong else 2
     finally:
         gc.unfreeze()  # what a worker may keep until its process is killed; this one ends in order
     return 0
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> str:
     """Return a device with its index."""
     try:
-        return torch.empty(0, device=name).device
+        return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError) as err:  # torch without CUDA asserts
         reason = str(err).splitlines()[0]
         raise ConfigError(f"--device {name} cannot be used ({reason}); give cpu, or cuda where there is one") from err
 
 
-def _measure_all(recipes: dict[str, Recipe], runs: InlineRuns, export: Path | None) -> None:
+def _measure_all(recipes: dict[str, Recipe], bench: Bench, export: Path | None) -> None:
     print(f"setting: {COLUMNS}", flush=True)
     found = []
     for setting, recipe in recipes.items():
-        measured, graph, num_blocks = measure(setting, recipe, runs)
+        measured, graph, num_blocks = bench.measure(setting, recipe)
         found.append(asdict(measured))
         print(measured.line(), flush=True)
     if export is not None:
-        materialize(graph, runs.store, export, num_blocks)
+        materialize(graph, bench.store, export, num_blocks)
     versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     print(json.dumps({"settings": found, "export": None if export is None else str(export), **versions}), flush=True)
 

@@ -194,7 +194,7 @@ def main() -> None:
 
 
 def _status(err: Exception) -> int:
-    from prefixquant.pipeline.run import RunFailedError
+    from prefixquant.pipeline.outcome import RunFailedError
 
     if isinstance(err, StoreUnavailable):
         return 1

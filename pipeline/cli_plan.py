@@ -117,8 +117,9 @@ def _planned(
     """`cluster`: nodes, and GPUs and cores of each; all None: it is this machine, or one GPU of another kind."""
     from prefixquant.cluster.store import ArtifactStore
     from prefixquant.pipeline.build import Source, build_graph
+    from prefixquant.pipeline.loading import known_model
     from prefixquant.pipeline.machines import find_machine, local_machine
-    from prefixquant.pipeline.run import known_model, local_workers, plan_graph
+    from prefixquant.pipeline.run import local_workers, plan_graph
     from prefixquant.pipeline.shape import Shape
     from prefixquant.tasks.random_checkpoint import SHAPES, shape_model
 

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from prefixquant.pipeline.outcome import Event
 from prefixquant.pipeline.plan import Plan
-from prefixquant.pipeline.runner import Event
 
 _LINE_INTERVAL_S = 1.0  # at most one plain line in this time, failures apart
 

@@ -24,18 +24,18 @@ import torch
 from prefixquant.cluster.inline_session import InlineSession
 from prefixquant.cluster.ray_session import connect
 from prefixquant.cluster.store import ArtifactStore
-from prefixquant.pipeline.artifacts import load_artifact
-from prefixquant.pipeline.build import Source, build_graph, load_node, targets
+from prefixquant.pipeline.build import Source, build_graph, targets
 from prefixquant.pipeline.check import Measured, StageCheck, compare, fit, table
 from prefixquant.pipeline.graph import Estimate, Graph
+from prefixquant.pipeline.loading import look_over
 from prefixquant.pipeline.machines import Machine, machine_of
+from prefixquant.pipeline.outcome import Event, RunResult
 from prefixquant.pipeline.recipe import load_recipe
-from prefixquant.pipeline.runner import Event, RunResult, Session, execute
+from prefixquant.pipeline.runner import Session, execute
 from prefixquant.pipeline.shape import Shape
 from prefixquant.pipeline.source import source_fingerprint
 from prefixquant.pipeline.worker import peak_host_bytes
-from prefixquant.tasks.errors import CheckpointError, ConfigError, PrefixQuantError
-from prefixquant.tasks.load import LoadedModel
+from prefixquant.tasks.errors import ConfigError, PrefixQuantError
 from prefixquant.tasks.random_checkpoint import MIN_VOCABULARY, SHAPES, write_random_checkpoint
 
 RECIPE = "llama-3-70b-w4a4kv4-trained"
@@ -86,8 +86,8 @@ def rehearse(
         on_record: called with what is known of the checkpoint, a task or an epoch, at once.
 
     Raises:
-        PrefixQuantError: recipe, shape or vocabulary are wrong, or no task is of the stage.
-        KeyboardInterrupt: a signal ended it before there was a graph. Later ones end with what has been found.
+        PrefixQuantError: recipe, shape or vocabulary are wrong, no task is of the stage, or a signal ended it before
+            there was a graph. Later ones end with what has been found.
     """
     began = time.monotonic()
     gpu = torch.cuda.is_available()
@@ -120,13 +120,7 @@ def rehearse(
             on_record({"node": event.node, "stage": event.task, "at": time.monotonic() - began} | record)
 
     with _session(inline, listen) as session:
-        loading = Graph([load_node(source)])
-        loaded = execute(loading, ["load"], store, session)
-        if loaded.interrupted:
-            raise KeyboardInterrupt
-        if not loaded.ok:
-            raise CheckpointError(str(loaded.failures[0]))
-        model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
+        model, _ = look_over(source, store, lambda: session)
         machine = machine_of(session.gpu())
         graph = build_graph(checked, source, model, machine=machine)
         names |= {graph.key(each): each for each in graph.order}

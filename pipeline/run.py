@@ -16,35 +16,25 @@ import torch
 from prefixquant.cluster.ray_session import RaySession, connect
 from prefixquant.cluster.store import ArtifactCorrupted, ArtifactError, ArtifactMissing, ArtifactStore
 from prefixquant.pipeline.artifacts import load_artifact, load_record
-from prefixquant.pipeline.build import Source, build_graph, load_node, targets
+from prefixquant.pipeline.build import Source, build_graph, targets
 from prefixquant.pipeline.build_evaluation import is_result
 from prefixquant.pipeline.graph import Graph
+from prefixquant.pipeline.loading import known_model, look_over, prepare
 from prefixquant.pipeline.machines import local_machine, machine_of
+from prefixquant.pipeline.outcome import Event, RunResult
 from prefixquant.pipeline.output import check_place, write_model
 from prefixquant.pipeline.plan import Plan, make_plan
 from prefixquant.pipeline.progress import make_progress
 from prefixquant.pipeline.recipe import Recipe
-from prefixquant.pipeline.runner import Event, RunResult, execute
-from prefixquant.pipeline.source import model_at, resolve_source, source_fingerprint
+from prefixquant.pipeline.runner import execute
 from prefixquant.pipeline.tracking import Tracker, flatten
 from prefixquant.pipeline.training import epoch_metrics, epoch_step
 from prefixquant.pipeline.worker import NodeResult
-from prefixquant.tasks.errors import ConfigError, PrefixQuantError
-from prefixquant.tasks.load import LoadedModel
+from prefixquant.tasks.errors import ConfigError
 
 EXPERIMENT = "prefixquant"
 
-_SHOWN_FAILURES = 3
 _MAX_REPAIRS = 10  # of artifacts that this process finds damaged
-
-
-class RunFailedError(PrefixQuantError):
-    """A task failed or the run was interrupted; what is finished is stored."""
-
-    def __init__(self, message: str, *, interrupted: bool = False, input_is_wrong: bool = False) -> None:
-        super().__init__(message)
-        self.interrupted = interrupted
-        self.input_is_wrong = input_is_wrong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,12 +97,6 @@ class RunSummary:
         }
 
 
-def prepare(recipe: Recipe) -> Source:
-    """Return the recipe's model, local and fingerprinted."""
-    path = resolve_source(recipe.model)
-    return Source(path=path, fingerprint=source_fingerprint(path))
-
-
 def open_store(url: str) -> ArtifactStore:
     """Return the store after checking that it can be written.
 
@@ -125,15 +109,6 @@ def open_store(url: str) -> ArtifactStore:
     store = ArtifactStore(url)
     store.check_writable()
     return store
-
-
-def known_model(recipe: Recipe, store: ArtifactStore) -> tuple[Source, LoadedModel]:
-    """Return a recipe's model without its weights, as the store has it or else read now; writes nothing."""
-    source = prepare(recipe)
-    key = Graph([load_node(source)]).key("load")
-    if store.has(key):
-        return source, LoadedModel.from_artifact(load_artifact(store, key))
-    return source, model_at(str(source.path))
 
 
 def plan_recipe(recipe: Recipe, store_url: str) -> tuple[Graph, Plan]:
@@ -199,13 +174,7 @@ def _run_once(
     session: Callable[[], RaySession],
     start: float,
 ) -> RunSummary:
-    loading = Graph([load_node(source)])
-    loaded: dict[str, NodeResult] = {}
-    if not store.has(loading.key("load")):
-        loads = execute(loading, ["load"], store, session(), on_event=_ignore)
-        _require(loads)
-        loaded = loads.results
-    model = LoadedModel.from_artifact(load_artifact(store, loading.key("load")))
+    model, loaded = look_over(source, store, session)
     graph, workers = build_graph(recipe, source, model, machine=local_machine()), 1
     if any(is_result(node) and not store.has(graph.key(name)) for name, node in graph.nodes.items()):
         workers = session().workers
@@ -238,10 +207,6 @@ def _run_once(
     )
 
 
-def _ignore(event: Event) -> None:
-    """Loading takes a moment and shows no progress."""
-
-
 @contextmanager
 def _lazy_session(options: RunOptions) -> Iterator[Callable[[], RaySession]]:
     """Give a function that connects to Ray when first called: a run with nothing to do needs none."""
@@ -257,17 +222,6 @@ def _lazy_session(options: RunOptions) -> Iterator[Callable[[], RaySession]]:
     finally:
         for each in opened:
             each.__exit__(None, None, None)
-
-
-def _require(result: RunResult) -> None:
-    if result.interrupted:
-        message = "interrupted; finished tasks are stored, and the same command goes on from them"
-        raise RunFailedError(message, interrupted=True)
-    if result.failures:
-        shown = [str(failure) for failure in result.failures[:_SHOWN_FAILURES]]
-        more = len(result.failures) - len(shown)
-        message = "\n".join([*shown, *([f"and {more} more tasks failed"] if more else [])])
-        raise RunFailedError(message, input_is_wrong=all(failure.input_is_wrong for failure in result.failures))
 
 
 def _previous(store: ArtifactStore, name: str) -> dict[str, str]:
@@ -336,7 +290,7 @@ class _Tracked:
 
             here, wanted, ranks = session(), targets(self.graph), self.options.ranks
             result = execute(self.rebuild(here.gpu()), wanted, self.store, here, ranks=ranks, on_event=on_event)
-        _require(result)
+        result.require()
         return result
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Run a graph on Ray: submit what is ready, wait for one to end, decide again from what the store then holds."""
+"""Run a graph: submit what is ready, wait for one to end, decide again from what the store then holds."""
 
 import signal
 import threading
@@ -6,135 +6,30 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Literal
 
 from torch import OutOfMemoryError
 
-from prefixquant.cluster.errors import (
-    ArtifactCorrupted,
-    ArtifactMissing,
-    ResourceError,
-    StoreUnavailable,
-    StoreUnreadable,
-    StoreUnwritable,
-)
+from prefixquant.cluster.errors import ArtifactCorrupted, ArtifactMissing
 from prefixquant.cluster.inline_session import InlineSession
-from prefixquant.cluster.ray_session import RaySession, Ref, TaskLostError, first_line
+from prefixquant.cluster.ray_session import RaySession, Ref, first_line
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.access import Byproduct
 from prefixquant.pipeline.graph import Graph, Node
+from prefixquant.pipeline.outcome import Event, EventKind, NodeFailure, Outcome, RunResult
 from prefixquant.pipeline.placement import Admission, Request, ranks_for, request_of, upward_ranks
 from prefixquant.pipeline.plan import State, blocked, decide, stored_keys
 from prefixquant.pipeline.worker import NodeCall, NodeResult, run_member, run_node
-from prefixquant.tasks.errors import CheckpointError, ConfigError, DataError, NumericalError, UnsupportedModelError
+from prefixquant.tasks.errors import ConfigError
 
 _MAX_REPAIRS = 2  # of one artifact
 _STREAMS_A_SLOT = 4  # ephemeral artifacts that wait for a reader, for each GPU, or core without one
 _POLL_S = 1.0  # so that signals are heard while tasks run
 
-_ADVICE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
-    (ConfigError, "Correct the recipe and run again; what is finished is stored."),
-    (DataError, "Correct the texts that the recipe names and run again; what is finished is stored."),
-    ((CheckpointError, UnsupportedModelError), "Correct the model's files and run again; what is finished is stored."),
-    (NumericalError, "The numbers diverged: lower the learning rate, or look at what enters that block."),
-    (ResourceError, "Ask for fewer processes with --ranks, or use a larger cluster, and run again to go on from here."),
-    (StoreUnavailable, "The store did not answer for long. Run again to go on from here."),
-    (StoreUnreadable, "Renew credentials or permissions of the store, then run again; what is finished is stored."),
-    (StoreUnwritable, "Make room or choose another store, then run again; what is finished is stored."),
-    (
-        (ArtifactCorrupted, ArtifactMissing),
-        "Its input is damaged or gone each time it is built: check the disk, and whether another run uses the store.",
-    ),
-    (
-        (MemoryError, OutOfMemoryError),
-        "Too little memory: lower the batch or calibration size of that task, or use a larger machine.",
-    ),
-    (TaskLostError, "The worker died each time, mostly for lack of memory. Run again to go on from here."),
-)
 Session = RaySession | InlineSession
 """Where a run's tasks go."""
-
-_INPUT_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedModelError)
-_DEFAULT_ADVICE = "Run again to go on from here; what is finished is stored."
-
-Outcome = Literal["done", "cached", "failed", "skipped", "unneeded"]
-"""done: built in this run. cached: was there. failed: its task raised. skipped: needs one that failed, or the run was
-interrupted first. unneeded: nothing that ran had a use for it."""
-
-
-EventKind = Literal["submitted", "progress", "done", "cached", "failed", "skipped", "repaired", "reduced", "discarded"]
-"""progress: its task says how far it is. repaired: an input of the node was damaged and is built again first.
-reduced: the GPU's memory did not suffice and the node runs again with half as much in a forward.
-discarded: the node's ephemeral artifact has served and is gone from the store. The others: see Outcome."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something happened to a node."""
-
-    kind: EventKind
-
-    node: str
-    task: str
-    seconds: float
-    """Since the run began."""
-
-    result: NodeResult | None = None
-    """With `done`, unless another node's run yielded the artifact."""
-
-    message: str = ""
-    """With `failed`, `repaired` and `reduced`: why. With `progress`: where the task is, in a few words."""
-
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """With `progress`: numbers for tracking."""
-
-    step: int = 0
-    """With `progress`: of the metrics."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeFailure:
-    """Why a node came to no artifact."""
-
-    node: str
-    key: str
-    error: str
-    """Kind and message, one line as a rule."""
-
-    advice: str
-    """What to do next."""
-
-    detail: str
-    """The worker's traceback, where there is one."""
-
-    input_is_wrong: bool = False
-    """Whether the user's recipe, model or text is at fault, not the run."""
-
-    def __str__(self) -> str:
-        return f"{self.node} failed (artifact {self.key[:12]}): {self.error}\n{self.advice}"
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What became of every node."""
-
-    states: dict[str, Outcome]
-    results: dict[str, NodeResult]
-    """Of the nodes that ran, which excludes byproducts."""
-
-    failures: list[NodeFailure]
-    seconds: float
-    """Wall clock of the run."""
-
-    interrupted: bool
-    """A SIGINT or SIGTERM ended it early."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether all targets are there."""
-        return not self.failures and not self.interrupted
 
 
 def execute(
@@ -368,16 +263,7 @@ class _Run:
         return True
 
     def fail(self, name: str, err: Exception) -> None:
-        text = str(err).strip() or "no message"
-        failure = NodeFailure(
-            node=name,
-            key=self.graph.key(name),
-            error=f"{type(err).__name__}: {text}",
-            advice=_advice(err),
-            detail=str(err.__cause__ or ""),
-            input_is_wrong=isinstance(err, _INPUT_ERRORS),
-        )
-        self.failures[name] = failure
+        failure = self.failures[name] = NodeFailure.of(name, self.graph.key(name), err)
         self.set_state(name, "failed", message=failure.error)
 
     def discard_spent(self) -> None:
@@ -436,10 +322,6 @@ class _Run:
         task = self.graph.nodes[name].task.name
         seconds = time.monotonic() - self.start
         self.on_event(Event(kind, name, task, seconds, result, message, metrics or {}, step))
-
-
-def _advice(err: Exception) -> str:
-    return next((advice for kinds, advice in _ADVICE if isinstance(err, kinds)), _DEFAULT_ADVICE)
 
 
 @contextmanager

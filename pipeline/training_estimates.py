@@ -9,7 +9,7 @@ from prefixquant.tasks.streams import DEVICE_SHARE
 from prefixquant.tasks.train_config import TrainConfig
 
 ACTIVATION_BYTES = 26
-"""Kept for the backward of a training step, a token and channel (hidden and intermediate); from blocks of 8B and 70B models."""
+"""Kept for the backward of a training step, a token and channel, hidden and intermediate; from 8B and 70B blocks."""
 
 LOGIT_COPIES = 15
 """Float32 tensors of the size of 1024 tokens' logits that the loss past the last block holds at once; on an H200."""

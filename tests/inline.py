@@ -1,14 +1,17 @@
-"""Small recipes, and a run of their graph in this process, node after node, without Ray."""
+"""Small recipes, and a run of their graph in this process, without Ray."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prefixquant.cluster.inline_session import InlineSession
 from prefixquant.cluster.store import ArtifactStore
+from prefixquant.pipeline.build import build_graph
 from prefixquant.pipeline.graph import Graph
-from prefixquant.pipeline.inline import InlineRuns
+from prefixquant.pipeline.loading import look_over, prepare
 from prefixquant.pipeline.recipe import Recipe, parse_recipe
+from prefixquant.pipeline.runner import execute
 from prefixquant.pipeline.worker import NodeResult
 from prefixquant.tasks.load import LoadedModel
 
@@ -32,6 +35,11 @@ def small_recipe(folder: Path, model: Path, **groups: Any) -> dict[str, Any]:
 
 def run_inline(data: dict[str, Any] | Recipe, store: ArtifactStore) -> tuple[Graph, LoadedModel, dict[str, NodeResult]]:
     """Run every node of a recipe's graph on the CPU and return graph, model and what each node cost."""
-    runs = InlineRuns(store, torch.device("cpu"))
-    graph, model = runs.open(data if isinstance(data, Recipe) else parse_recipe(data))
-    return graph, model, runs.run(graph, graph.nodes)
+    recipe = data if isinstance(data, Recipe) else parse_recipe(data)
+    session = InlineSession(device="cpu", cpus=torch.get_num_threads())
+    source = prepare(recipe)
+    model, loaded = look_over(source, store, lambda: session)
+    graph = build_graph(recipe, source, model)
+    result = execute(graph, graph.nodes, store, session)
+    result.require()
+    return graph, model, loaded | result.results

@@ -22,14 +22,24 @@ def environment(endpoint: str) -> dict[str, str]:
     return KEYS | {"AWS_ENDPOINT_URL": endpoint, "MLFLOW_S3_ENDPOINT_URL": endpoint, "AWS_MAX_ATTEMPTS": "1"}
 
 
+def use(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it the only server that this process and what it starts know."""
+    for name, value in environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # the clients at hand know another endpoint
+
+
 @contextmanager
 def s3_server() -> Iterator[str]:
     """Give the endpoint of a fresh S3 server."""
     moto = pytest.importorskip("moto.server", reason="moto[server] plays S3 in these tests")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
+    try:
+        yield "http://{}:{}".format(*server.get_host_and_port())
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()  # the next server of this process has another endpoint
 
 
 def make_bucket(endpoint: str, name: str) -> str:
@@ -167,9 +177,7 @@ class FaultyS3:
 def behind_proxy(backend: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FaultyS3]:
     """Give a proxy in front of a server, as the only S3 that this process and what it starts know."""
     with FaultyS3(backend) as proxy:
-        for name, value in environment(proxy.endpoint).items():
-            monkeypatch.setenv(name, value)
+        use(proxy.endpoint, monkeypatch)
         monkeypatch.setenv("PREFIXQUANT_CACHE", str(cache))
-        s3fs.S3FileSystem.clear_instance_cache()  # the clients at hand know another endpoint
         yield proxy
         s3fs.S3FileSystem.clear_instance_cache()

@@ -2,9 +2,7 @@
 
 import os
 
-import pytest
-import s3fs
-from s3 import environment, make_bucket, s3_server
+from s3 import make_bucket, s3_server, use
 
 from prefixquant.cluster.race import race
 
@@ -13,9 +11,7 @@ KEYS = int(os.environ.get("PREFIXQUANT_RACE_KEYS", "10"))
 
 def test_eight_writers_racing_over_s3_leave_one_whole_artifact_a_key_and_show_no_other(monkeypatch, capsys):
     with s3_server() as endpoint:
-        for name, value in environment(endpoint).items():
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
+        use(endpoint, monkeypatch)
         result = race(make_bucket(endpoint, "race"), writers=8, keys=KEYS, size=16384)
     with capsys.disabled():
         print(f"\n{result}")
@@ -30,9 +26,3 @@ def test_a_race_on_a_local_folder_keeps_the_same_promises(tmp_path):
     assert result.ok
     assert (result.published, result.leftovers) == (80, 0)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(autouse=True)
-def fresh_clients():
-    yield
-    s3fs.S3FileSystem.clear_instance_cache()  # those of the server that is gone

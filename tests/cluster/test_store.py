@@ -12,6 +12,7 @@ import uuid
 import fsspec
 import pytest
 from ray.exceptions import RayTaskError
+from s3 import make_bucket, s3_server, use
 
 from prefixquant.cluster.errors import BytesAltered
 from prefixquant.cluster.store import (
@@ -30,17 +31,9 @@ KEY, OTHER_KEY = (hashlib.sha256(text).hexdigest() for text in (b"first", b"seco
 
 @pytest.fixture(scope="module")
 def s3_bucket():
-    moto = pytest.importorskip("moto.server", reason="moto[server] plays S3 in these tests")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as environment:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            environment.setenv(name, "test")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        environment.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-        fsspec.filesystem("s3").mkdir("prefixquant-test")
-        yield "s3://prefixquant-test"
-    server.stop()
+    with s3_server() as endpoint, pytest.MonkeyPatch.context() as here:
+        use(endpoint, here)
+        yield make_bucket(endpoint, "prefixquant-test")
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -207,9 +200,9 @@ def test_local_path_of_a_local_object_is_the_object_itself(tmp_path):
 
 @pytest.mark.parametrize("key", ["", "ab", KEY.upper(), KEY + "0", f"../{KEY[3:]}"])
 def test_a_key_that_is_not_a_digest_is_refused(store, key):
-    for use in (store.has, store.manifest, store.discard, lambda k: store.publish(k, {}, meta={})):
+    for call in (store.has, store.manifest, store.discard, lambda k: store.publish(k, {}, meta={})):
         with pytest.raises(ArtifactError, match="64 lower-case hex"):
-            use(key)
+            call(key)
 
 
 @pytest.mark.parametrize("name", ["", "../a", "/a", "a//b", "a/", "a/../b", ".hidden"])

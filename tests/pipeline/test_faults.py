@@ -7,7 +7,7 @@ import pytest
 import torch
 from disturbed import BLOCKS, SLOW, Driver, digests, stored_blocks, undisturbed, write_model
 from nodes import Nodes, kill
-from s3 import environment, make_bucket, s3_server
+from s3 import environment, make_bucket, s3_server, use
 from waiting import wait_until
 
 from prefixquant.cluster.store import ArtifactStore
@@ -105,8 +105,7 @@ def test_a_node_whose_disk_is_full_goes_on_from_memory(calm, small_disk, monkeyp
             with Driver(nodes, calm.file, url, **variables) as driver:
                 status, _, stderr = driver.wait()
         assert status == 0, stderr
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+        use(endpoint, monkeypatch)
         assert digests(ArtifactStore(url), calm.graph) == calm.wanted
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from prefixquant.pipeline import progress
 from prefixquant.pipeline.graph import Estimate, Graph, Node, Task
+from prefixquant.pipeline.outcome import Event
 from prefixquant.pipeline.plan import Plan, PlanEntry
 from prefixquant.pipeline.progress import PlainProgress, QuietProgress, RichProgress, make_progress
-from prefixquant.pipeline.runner import Event
 from prefixquant.pipeline.worker import NodeResult
 
 

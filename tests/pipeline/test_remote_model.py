@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import s3fs
 import tiny
 import torch
-from s3 import behind_proxy, make_bucket, s3_server, truncate
+from s3 import behind_proxy, make_bucket, s3_server, truncate, use
 
 from prefixquant.cluster.remote_folder import RemoteFolder
 from prefixquant.pipeline.evaluation import evaluate_model
@@ -98,8 +97,7 @@ def test_what_is_no_model_is_named_by_its_url(s3, model):
 def test_a_run_from_s3_to_s3_equals_a_local_one_and_can_be_measured_where_it_lies(
     s3, backend, world, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", backend)  # past the proxy: nothing is to go wrong here
-    s3fs.S3FileSystem.clear_instance_cache()
+    use(backend, monkeypatch)  # past the proxy: nothing is to go wrong here
     url = upload(world.model, f"s3://models/{tmp_path.name}")
     store, out = f"s3://models/{tmp_path.name}-store", f"s3://models/{tmp_path.name}-out"
     command = ["run", world.recipe_file(f"model.source={url}"), "--store", store, "--out", out, "--tracking", "off"]

@@ -16,7 +16,8 @@ from nodes import MARK, marked
 from waiting import wait_until
 
 from prefixquant.cluster.store import ArtifactStore
-from prefixquant.pipeline.run import RunFailedError, RunOptions, run_recipe
+from prefixquant.pipeline.outcome import RunFailedError
+from prefixquant.pipeline.run import RunOptions, run_recipe
 
 BLOCKS = 8
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import s3fs
 import tiny
 from nodes import ENVIRONMENT, kill, marked
-from s3 import environment, make_bucket, s3_server
+from s3 import environment, make_bucket, s3_server, use
 
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.pipeline.evaluation import evaluate_model
@@ -62,14 +61,11 @@ def test_no_secret_of_the_environment_is_written_anywhere(world, tmp_path, monke
         assert all(path.exists() for path in written)
         assert files_with("evaluate", scratch)  # Ray's logs are among what is searched
         assert files_with(CANARY, tmp_path, scratch) == []
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
+        use(endpoint, monkeypatch)
         store = ArtifactStore(f"{bucket}/store")
         stored = store.fs.find(store.root)
         assert len(stored) > 20
         assert [path for path in stored if CANARY in path or CANARY.encode() in store.fs.cat_file(path)] == []
-        s3fs.S3FileSystem.clear_instance_cache()
         connection = HTTPConnection(urlsplit(endpoint).netloc)
         connection.request("GET", "/moto-api/data.json")  # names, tags and metadata of everything on the server
         assert CANARY.encode() not in connection.getresponse().read()

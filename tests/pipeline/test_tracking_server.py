@@ -11,7 +11,7 @@ from urllib.request import urlopen
 
 import pytest
 import s3fs
-from s3 import environment, make_bucket, s3_server
+from s3 import environment, make_bucket, s3_server, use
 
 WRITERS, STEPS = 4, 60
 
@@ -99,9 +99,7 @@ def test_several_writers_at_one_server_lose_nothing_and_need_no_keys_of_its_buck
     client = mlflow.MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("prefixquant").experiment_id])
     assert sorted(run.data.tags["run_id"] for run in runs) == [f"writer-{number}" for number in range(WRITERS)]
-    for name, value in environment(endpoint).items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
+    use(endpoint, monkeypatch)
     bucket = s3fs.S3FileSystem(use_listings_cache=False)
     for run in runs:
         number = int(run.data.params["quantize.weights.bits"])
@@ -109,4 +107,3 @@ def test_several_writers_at_one_server_lose_nothing_and_need_no_keys_of_its_buck
         assert [(point.step, point.value) for point in history] == [(step, number + step) for step in range(STEPS)]
         (report,) = bucket.glob(f"{place}/**/{run.info.run_id}/artifacts/report.md")
         assert bucket.cat_file(report) == f"# Report of {number}".encode()
-    s3fs.S3FileSystem.clear_instance_cache()

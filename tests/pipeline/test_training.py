@@ -11,7 +11,7 @@ from prefixquant.pipeline.build import targets
 from prefixquant.pipeline.evaluation import evaluate_model
 from prefixquant.pipeline.graph import Graph, GraphError, Node
 from prefixquant.pipeline.materialize import materialize
-from prefixquant.pipeline.run import RunFailedError
+from prefixquant.pipeline.outcome import RunFailedError
 from prefixquant.pipeline.runner import execute
 from prefixquant.pipeline.training import TRAINED
 from prefixquant.tasks.errors import ConfigError, NumericalError
