@@ -6,7 +6,6 @@ Run as a script it holds the cluster and obeys lines on stdin; `Nodes` is that p
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-MARK = "PREFIXQUANT_TEST_MARK"
+from processes import MARK, kill, marked
 
 ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds every socket to loopback
@@ -31,27 +30,6 @@ HEALTH = {
     "health_check_failure_threshold": 4,
 }
 """A dead node is noticed in seconds, a busy one is not taken for dead."""
-
-
-def marked(mark: str) -> dict[int, str]:
-    """Return the processes, with their command lines, that have the mark in their environment."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it ended meanwhile, or belongs to somebody else
-    return found
-
-
-def kill(pid: int) -> bool:
-    """Kill a process and return whether it was there."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 class Nodes:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ class FaultyS3:
 
             def handle_error(self, *request: Any) -> None:
                 # A client that was killed, or a server that is gone: not the next test's output.
-                if not isinstance(sys.exc_info()[1], ConnectionError):
+                if not isinstance(sys.exc_info()[1], (ConnectionError, HTTPException)):
                     super().handle_error(*request)
 
         self._server = Server(("127.0.0.1", 0), Handler)

@@ -1,12 +1,12 @@
 import os
 import signal
-import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from ports import free_ports
 from ray import cloudpickle
 from torch import nn
 
@@ -251,8 +251,7 @@ def listening(member):
 
 @pytest.mark.skipif(not Path("/proc/self/net").exists(), reason="looks for sockets in /proc")
 def test_ranks_on_one_machine_listen_on_loopback_only(ray_session):
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        member = Membership(0, 1, *place.getsockname())
+    member = Membership(0, 1, "127.0.0.1", *free_ports(1))
     found = ray_session.result(ray_session.submit(listening, member, name="listening"))
     assert found
     assert found <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}

@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
         pytest.skip(f"mounting a small file system is not permitted here: {mounted.stderr.strip()}")
     monkeypatch.setenv("PREFIXQUANT_CACHE", str(folder))
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def copy(data):

@@ -88,7 +88,7 @@ def test_a_task_that_always_kills_its_worker_is_lost_after_three_attempts(ray_se
 def test_wait_returns_nothing_after_its_timeout_and_cancel_interrupts(ray_session, tmp_path):
     ref = ray_session.submit(sleep, 600, str(tmp_path / "begun"), name="sleep")
     assert ray_session.wait([ref], timeout=0.2) == []
-    wait_until((tmp_path / "begun").exists, seconds=60)
+    wait_until((tmp_path / "begun").exists)
     start = time.monotonic()
     ray_session.cancel([ref])
     with pytest.raises(TaskLostError):
@@ -99,7 +99,7 @@ def test_wait_returns_nothing_after_its_timeout_and_cancel_interrupts(ray_sessio
 def test_what_is_abandoned_ends_where_ray_outlives_the_session(ray_session, tmp_path):
     with connect() as other:  # Ray was there before
         ref = other.submit(sleep, 600, str(tmp_path / "begun"), name="sleep")
-        wait_until((tmp_path / "begun").exists, seconds=60)
+        wait_until((tmp_path / "begun").exists)
         other.abandon([ref])
         with pytest.raises(TaskLostError):
             other.result(ref)
@@ -147,16 +147,23 @@ def gpus():
     return assigned_gpus()
 
 def descendants(pid):
-    children = [int(c) for c in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        children = [int(c) for c in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
     return [pid, *(p for child in children for p in descendants(child))]
 
 def listening():  # addresses, in the kernel's hex, that this process and its children listen on
     inodes = set()
     for pid in descendants(os.getpid()):
-        for fd in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            files = list(pathlib.Path(f"/proc/{pid}/fd").iterdir())
+        except OSError:  # a worker that has ended
+            continue
+        for fd in files:
             try:
                 inodes.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
-            except FileNotFoundError:
+            except OSError:
                 pass
     rows = [row.split() for kind in ("tcp", "tcp6") for row in open(f"/proc/net/{kind}")]
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
@@ -166,13 +173,14 @@ with connect(num_cpus=1, num_gpus=2, object_store_bytes=100 * 2**20) as session:
     assert session.result(session.submit(gpus, name="none")) == []
     one = session.result(session.submit(gpus, name="one", gpus=1))
     assert len(one) == 1, one
-    assert listening() and listening() <= LOOPBACK, listening()
+    found = listening()
+    assert found and found <= LOOPBACK, found
 print("fine")
 """
 
 
 def test_a_session_of_its_own_gives_gpus_to_tasks_and_listens_on_loopback_only():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.splitlines()[-1:] == ["fine"], done.stderr
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from processes import alive
 from ray import cloudpickle
 from waiting import wait_until
 
@@ -87,13 +88,6 @@ def supervise(directory):
     return run_group(wait_once, (directory,), ranks=2, cpus=1, gpus=0, name="supervised")
 
 
-def alive(pid):
-    try:
-        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 @pytest.fixture
 def _leaves_nothing(ray_session):
     yield
@@ -141,7 +135,7 @@ def test_an_error_in_one_rank_ends_the_group_at_once_with_that_error(ray_session
     with pytest.raises(kind, match=r"^block 3: the loss is nan$") as caught:
         ray_session.result(ref)
     assert "in fail" in str(caught.value.__cause__)  # the worker's traceback
-    assert time.monotonic() - start < 30  # the other rank sleeps for ten minutes
+    assert time.monotonic() - start < 300  # the other rank sleeps for ten minutes
 
 
 def test_the_error_that_is_raised_is_the_cause_not_its_consequences(ray_session):
@@ -176,4 +170,4 @@ def test_a_group_that_the_cluster_cannot_hold_is_refused_at_once(ray_session, ra
         ResourceError, match=rf"^big: {ranks} ranks of {cpus} CPU.*has room for . \(1 nodes, 2 CPU, 0 GPU"
     ):
         run_group(fail, (), ranks=ranks, cpus=cpus, gpus=gpus, name="big")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60  # it would wait for two minutes

@@ -349,7 +349,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     except (OSError, subprocess.CalledProcessError) as err:
         pytest.skip(f"mounting is not permitted here: {err}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_full_disk_ends_the_run_and_after_making_room_it_goes_on(cli, small_disk):

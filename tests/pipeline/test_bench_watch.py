@@ -1,3 +1,4 @@
+import re
 import threading
 import time
 
@@ -27,17 +28,17 @@ def test_a_rank_that_is_stuck_is_ended_and_says_where_with_its_last_collective(t
     assert ended.wait(30)
     assert statuses == [STUCK]
     found = text(out)
-    assert "rank 1 has been at 'sharded, 4 sequences: capture' for 0 s" in found
+    assert re.search(r"rank 1 has been at 'sharded, 4 sequences: capture' for \d+ s", found)
     assert "more than the 0.2 s of --timeout; last collective: all_gather of mlp.up_proj; its threads:" in found
     assert "test_a_rank_that_is_stuck" in found  # where its threads are
 
 
 def test_a_rank_that_goes_on_or_waits_for_a_watched_one_is_left_alone(tmp_path):
-    watch, out, ended, _ = watched(tmp_path, 0.4)
+    watch, out, ended, _ = watched(tmp_path, 3.0)
     for number in range(5):
         watch.at(f"round {number}")
-        time.sleep(0.15)
+        time.sleep(0.7)
     watch.at("waiting", unlimited=True)
-    assert not ended.wait(1)
+    assert not ended.wait(4)
     watch.close()
     assert text(out).count("rank 1: ") == 6

@@ -145,4 +145,4 @@ def test_full_disk_leaves_the_earlier_export_and_no_temporary_folder(finished, t
         assert digests(disk / "out") == before
         assert [each.name for each in disk.iterdir()] == ["out"]
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "-l", str(disk)], check=True)

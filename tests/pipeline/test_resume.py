@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 import pytest
 import tiny
 from disturbed import SLOW
-from nodes import MARK, marked
+from processes import MARK, end_marked, marked
 from waiting import wait_until
 
 from prefixquant.cluster.store import ArtifactStore
@@ -26,8 +27,9 @@ def stored_blocks(world) -> dict[str, int]:
     """Return key -> time of publishing of the blocks that are stored."""
     found = {}
     for path in world.store_path.glob("artifacts/*/*/manifest.json"):
-        if json.loads(path.read_text())["meta"]["task"] == "block":
-            found[path.parent.name] = path.stat().st_mtime_ns
+        with suppress(FileNotFoundError):  # of a stream that has served
+            if json.loads(path.read_text())["meta"]["task"] == "block":
+                found[path.parent.name] = path.stat().st_mtime_ns
     return found
 
 
@@ -52,12 +54,11 @@ def started(many):
         start_new_session=True,
     )
     try:
-        wait_until(lambda: len(stored_blocks(many)) >= 2 or driver.poll() is not None, seconds=180)
+        wait_until(lambda: len(stored_blocks(many)) >= 2 or driver.poll() is not None, seconds=240)
         assert driver.poll() is None, driver.communicate()
         yield driver, mark
     finally:
-        for pid in marked(mark):
-            os.kill(pid, signal.SIGKILL)
+        end_marked(mark)
         driver.wait()
 
 
@@ -87,7 +88,7 @@ def test_a_killed_run_leaves_no_process_and_goes_on_to_the_result_of_an_undistur
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     # seconds as a rule; Ray notices its driver's death late on a busy machine
-    wait_until(lambda: not marked(mark), seconds=90, shown=lambda: marked(mark))
+    wait_until(lambda: not marked(mark), seconds=240, shown=lambda: marked(mark))
     stored = stored_blocks(many)
     assert 2 <= len(stored) < BLOCKS
     summary, built = go_on(many)
@@ -108,13 +109,13 @@ def test_a_killed_run_leaves_no_process_and_goes_on_to_the_result_of_an_undistur
 def test_an_interrupted_run_ends_cleanly_and_goes_on(many, started):
     driver, mark = started
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
-    stdout, stderr = driver.communicate(timeout=60)
+    stdout, stderr = driver.communicate(timeout=120)
     assert driver.returncode == 1
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, stderr
-    assert "interrupted; finished tasks are stored" in lines[0]
+    # One line of ours; Ray's own may come between where it is busy.
+    assert stderr.count("interrupted; finished tasks are stored") == 1, stderr
+    assert "Traceback" not in stderr
     assert stdout == ""
-    wait_until(lambda: not marked(mark), seconds=60, shown=lambda: marked(mark))
+    wait_until(lambda: not marked(mark), seconds=240, shown=lambda: marked(mark))
     _, (run,) = mlflow_runs(many)
     assert run.info.status == "KILLED"
     assert many.store.read_ref(run.data.tags["run_id"])["status"] == "interrupted"

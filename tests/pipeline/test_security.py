@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import tiny
-from nodes import ENVIRONMENT, kill, marked
+from nodes import ENVIRONMENT
+from processes import MARK, end_marked
 from s3 import environment, make_bucket, s3_server, use
 
 from prefixquant.cluster.store import ArtifactStore
@@ -34,15 +37,20 @@ SECRETS = {
 def files_with(text: str, *folders: Path) -> list[str]:
     """Return the files below the folders that hold the text; sockets and what has gone meanwhile aside."""
     paths = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return [str(path) for path in paths if text.encode() in path.read_bytes()]
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            if text.encode() in path.read_bytes():
+                found.append(str(path))
+    return found
 
 
 def test_no_secret_of_the_environment_is_written_anywhere(world, tmp_path, monkeypatch):
     """The store on S3, whose keys are among them, MLflow, the output folder, Ray's logs and what is printed."""
-    mark, scratch = tmp_path.name, Path(tempfile.mkdtemp(prefix="pq-", dir="/tmp"))  # short: Ray makes sockets in it
+    mark, scratch = uuid.uuid4().hex, Path(tempfile.mkdtemp(prefix="pq-", dir="/tmp"))  # short: Ray makes sockets in it
     with s3_server() as endpoint:
         bucket = make_bucket(endpoint, "secrets")
-        variables = environment(endpoint) | SECRETS | {"RAY_TMPDIR": str(scratch), "PREFIXQUANT_TEST_MARK": mark}
+        variables = environment(endpoint) | SECRETS | {"RAY_TMPDIR": str(scratch), MARK: mark}
         command = [
             Path(sys.executable).with_name("prefixquant"),
             "run",
@@ -69,8 +77,7 @@ def test_no_secret_of_the_environment_is_written_anywhere(world, tmp_path, monke
         connection = HTTPConnection(urlsplit(endpoint).netloc)
         connection.request("GET", "/moto-api/data.json")  # names, tags and metadata of everything on the server
         assert CANARY.encode() not in connection.getresponse().read()
-    for pid in marked(mark):
-        kill(pid)
+    end_marked(mark)
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -14,7 +14,8 @@ from collections import Counter
 import pytest
 import torch
 from disturbed import SLOW, Driver, digests, undisturbed, write_model
-from nodes import Nodes, kill
+from nodes import Nodes
+from processes import kill
 
 MINUTES = float(os.environ.get("PREFIXQUANT_SOAK_MINUTES", "0"))
 SEED = int(os.environ.get("PREFIXQUANT_SOAK_SEED", str(int(time.time()))))

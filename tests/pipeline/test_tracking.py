@@ -163,7 +163,7 @@ def test_an_unreachable_server_is_one_failure_and_costs_little_time(monkeypatch)
         tracker.log_metrics({"block/mse": 1.0}, step=step)
     tracker.log_text("", "report.md")
     tracker.finish("FAILED")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert tracker.run_id is None
     assert len(tracker.failures) == 1
     assert "http://127.0.0.1:9" in tracker.failures[0]

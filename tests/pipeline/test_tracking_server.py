@@ -2,15 +2,16 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 import s3fs
+from ports import free_ports
 from s3 import environment, make_bucket, s3_server, use
 
 WRITERS, STEPS = 4, 60
@@ -35,8 +36,7 @@ def server(tmp_path):
     """The server's address, and the bucket in which its artifacts lie."""
     with s3_server() as endpoint:
         bucket = make_bucket(endpoint, "mlflow")
-        with socket.create_server(("127.0.0.1", 0)) as place:
-            port = place.getsockname()[1]
+        (port,) = free_ports(1)
         command = [
             sys.executable,
             "-m",
@@ -69,7 +69,11 @@ def server(tmp_path):
             yield f"http://127.0.0.1:{port}", f"{bucket}/runs", endpoint
         finally:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
@@ -89,6 +93,7 @@ def test_several_writers_at_one_server_lose_nothing_and_need_no_keys_of_its_buck
 
     uri, place, endpoint = server
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_"))}
+    clean |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}  # five processes begin at once
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITE, uri, str(number), str(STEPS)], env=clean, stderr=subprocess.PIPE)
         for number in range(WRITERS)
