@@ -170,8 +170,13 @@ def fit(graph: Graph, measured: Mapping[str, Measured], shape: Shape, machine: M
     """Return the machine with rates at which its predictions meet the measurements, stage by stage.
 
     Overheads and the rates of the store stay; what a stage took beyond them is shared in the proportions they have.
-    A stage that took no longer than its overheads, or was not measured, changes nothing.
+    A stage that took no longer than its overheads, or was not measured, changes nothing. On a CPU the seconds are those
+    of the processor, where they are known: what else ran there is no property of the machine.
     """
+    if machine.memory_bytes == 0:
+        measured = {
+            name: replace(each, seconds=each.processor_seconds or each.seconds) for name, each in measured.items()
+        }
 
     def stage_of(name: str) -> str:
         return graph.nodes[name].task.name

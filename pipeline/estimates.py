@@ -47,6 +47,7 @@ def work_of(node: Node, shape: Shape, machine: Machine) -> Work:
 
 
 def _cost(node: Node, shape: Shape, machine: Machine, ranks: int = 1) -> Cost:
+    shape = replace(shape, on_cpu=machine.memory_bytes == 0)
     match node.task.name:
         case "rotate":
             rotate = node.config.rotate

@@ -45,6 +45,12 @@ class Shape:
     sequences: Mapping[str, int]
     """Windows of the search and of the statistics."""
 
+    rotates_down: bool
+    """Whether what enters down_proj is rotated online (R4)."""
+
+    on_cpu: bool = False
+    """Whether it is a CPU that computes."""
+
     @classmethod
     def of(cls, model: LoadedModel, dtype: str, recipe: Recipe) -> "Shape":
         """Return the sizes for a model and a recipe."""
@@ -70,6 +76,7 @@ class Shape:
             search=recipe.search,
             searches_prefix=recipe.prefix.tokens is None,
             sequences={"search": data.search.sequences, "statistics": data.statistics.sequences},
+            rotates_down=recipe.transforms.r4,
         )
 
     @property
@@ -108,7 +115,11 @@ class Shape:
 
     def forward_bytes(self, tokens: int) -> int:
         """At hand in a forward of so many tokens, nothing kept for a backward."""
-        return tokens * (4 * self.intermediate + 6 * self.hidden) * self.bytes_per_weight
+        most = (4 * self.intermediate + 6 * self.hidden) * self.bytes_per_weight
+        if self.on_cpu and self.rotates_down and self.dtype == "float32":
+            # A CPU rotates in float64: three such matrices, beside three of what they come from.
+            most = max(most, (3 * 8 + 3 * 4) * self.intermediate + 3 * 4 * self.hidden)
+        return tokens * most
 
 
 def _linears(config: PretrainedConfig) -> tuple[tuple[int, int], ...]:

@@ -6,6 +6,8 @@ from prefixquant.pipeline.cost import SEARCH_BYTES, Cost, forward_work
 from prefixquant.pipeline.machines import Machine, Work
 from prefixquant.pipeline.shape import Shape
 from prefixquant.tasks.streams import DEVICE_SHARE
+from prefixquant.tasks.train_block import FORWARD_TOKENS as VALIDATION_TOKENS
+from prefixquant.tasks.train_chain import FORWARD_TOKENS
 from prefixquant.tasks.train_config import TrainConfig
 
 ACTIVATION_BYTES = 26
@@ -54,45 +56,51 @@ def training_cost(stage: str, config: Any, shape: Shape, machine: Machine, ranks
     trained = config.stop - config.first
     tokens = train.sequences * train.sequence_length
     held_out = train.validation_sequences * train.sequence_length
-    steps = train.epochs * (train.sequences // train.batch_size) * trained
-    passed = 1 + train.lookahead
+    steps = train.epochs * (train.sequences // train.batch_size)
+    # Blocks that the trained ones look through, fewer at the end of the model; and those that the originals pass.
+    ahead = sum(min(train.lookahead, shape.blocks - 1 - index) for index in range(config.first, config.stop))
+    originals = min(config.stop + train.lookahead, shape.blocks)
+    passed = trained + ahead
     # Forward and backward of the block, and, without gradients of weights, of those it looks through.
-    training = train.epochs * tokens * trained * (6.0 + 4.0 * train.lookahead) * shape.parameters
+    training = train.epochs * tokens * (6.0 * trained + 4.0 * ahead) * shape.parameters
     # Both streams pass every block, and the validation loss once an epoch and before.
-    streams = (tokens + held_out) * (config.stop + trained - 1)
-    streams += (train.epochs + 1) * held_out * passed * trained
+    streams = (tokens + held_out) * (originals + trained - 1)
+    streams += (train.epochs + 1) * held_out * passed
     if train.target != "fp_input":
-        streams += (tokens + held_out) * passed * trained
+        streams += (tokens + held_out) * passed
     passes = forward_work(shape, streams // ranks)
-    looked = 1 + 0.67 * train.lookahead
     # Past the last block the loss is that of the logits: of output and target, again in the backward, and its gradient.
     last = max(0, config.stop - max(config.first, shape.blocks - train.lookahead))
     head = 2.0 * shape.vocabulary * shape.hidden * last
     training += head * (5 * train.epochs * tokens + 2 * (train.epochs + 1) * held_out)
     passes["flops"] |= {"train": training / ranks}
-    passes["elements"] |= {"train": train.epochs * tokens * trained * shape.channels * looked / ranks}
+    passes["elements"] |= {"train": train.epochs * tokens * shape.channels * (trained + 0.67 * ahead) / ranks}
     # A step gathers weights and reduces gradients: with rows in 16 bits and recorded as a graph, with ZeRO in 32.
     rows = train.sharding == "rows"
     exchanged = 2 * (2 if rows else 4) * shape.parameters * (ranks - 1) / ranks
     graphed = rows or ranks == 1
     place, stream_bytes = stream_place(shape, train, machine, ranks)
-    reads = (config.stop + trained + train.lookahead) * shape.block_bytes + trained * shape.quantized_bytes
+    stepping = train_bytes(shape, train, ranks=ranks, last=last > 0, gpu=machine.memory_bytes > 0)
+    # Between the epochs more tokens pass at once than in a step: a share of the streams, or the validation loss.
+    passing = 16 * shape.parameters + (1 + train.lookahead) * shape.block_bytes
+    passing += shape.forward_bytes(max(min(FORWARD_TOKENS, tokens), min(VALIDATION_TOKENS, held_out)) // ranks)
+    reads = (originals + trained) * shape.block_bytes + trained * shape.quantized_bytes
     return Cost(
         work=Work(
             stage=stage,
             updates=steps
+            * trained
             * shape.parameters
             * (1 / ranks if rows else (1 + 1 / ranks) / 2),  # ZeRO shards the optimizer
             steps=steps * passed if graphed else 0,
             eager_steps=0 if graphed else steps * passed,
-            exchanged_bytes=steps * exchanged,
-            blocks=config.stop + 2 * trained,
+            exchanged_bytes=steps * trained * exchanged,
+            blocks=originals + 2 * trained,
             trained_blocks=trained,
             read_bytes=reads + shape.ends_bytes,
             **passes,
         ),
-        device=train_bytes(shape, train, ranks=ranks, last=last > 0, gpu=machine.memory_bytes > 0)
-        + (stream_bytes if place == "device" else 0),
+        device=max(stepping, passing) + (stream_bytes if place == "device" else 0),
         host=4 * shape.parameters + 2 * shape.block_bytes + shape.ends_bytes + (stream_bytes if place == "host" else 0),
         stored=shape.quantized_bytes * trained,
         disk=stream_bytes if place == "disk" else 0,

@@ -1,5 +1,6 @@
 """What happens inside a Ray task: load inputs by key, run the task's function, publish what it returns."""
 
+import ctypes
 import gc
 import platform
 import resource
@@ -306,6 +307,15 @@ def _release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Return the function of glibc that returns freed memory to the system; None where there is another C library."""
+    found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return found
 
 
 def _reset_peaks(device: torch.device) -> None:
