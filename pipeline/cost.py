@@ -22,6 +22,9 @@ class Cost:
     host: float = 0
     """Bytes beside these in host memory, even if a GPU computes."""
 
+    staged: float = 0
+    """Bytes of weights in host memory on their way to a GPU; a CPU computes with them where they are."""
+
     stored: float = 0
     """Bytes published."""
 

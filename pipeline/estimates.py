@@ -19,6 +19,12 @@ from prefixquant.tasks.train_chain import FORWARD_TOKENS
 ROTATION_BYTES = 24
 """Float64 matrices at hand while the largest one is rotated, in bytes of its entries, beside the whole block."""
 
+ROUNDING_POINTS = 8
+"""Points of a search of weights in the time of rounding them."""
+
+ROUNDING_BYTES = 14
+"""Float32 matrices at hand while the largest one is rounded without a search, in bytes of its entries."""
+
 GPTQ_BYTES = 20
 """Float32 matrices at hand while the Gram matrix of GPTQ is factorized, in bytes of its entries."""
 
@@ -32,7 +38,7 @@ def estimate(node: Node, shape: Shape, machine: Machine, ranks: int = 1) -> Esti
     gpu = machine.memory_bytes > 0 and node.resources.gpus > 0
     return Estimate(
         seconds=machine.time(replace(cost.work, written_bytes=cost.stored)),
-        host_bytes=int(machine.process_bytes + cost.host + (0 if gpu else cost.device)),
+        host_bytes=int(machine.process_bytes + cost.host + (cost.staged if gpu else cost.device)),
         device_bytes=int(cost.device) if gpu else 0,
         stored_bytes=int(cost.stored),
         read_bytes=int(cost.work.read_bytes),
@@ -95,7 +101,8 @@ def _rotate(shape: Shape, rotate: RotateConfig) -> Cost:
     return Cost(
         work=Work(stage="rotate", flops={"rotate": flops}, read_bytes=shape.block_bytes),
         device=8 * shape.parameters + ROTATION_BYTES * shape.largest,
-        host=2 * shape.block_bytes,
+        host=shape.block_bytes,
+        staged=shape.block_bytes,
         stored=shape.block_bytes,
     )
 
@@ -119,7 +126,8 @@ def _walk(stage: str, shape: Shape, walks: int, tokens: int) -> Cost:
     return Cost(
         work=Work(stage=stage, blocks=walks * shape.blocks, read_bytes=reads, **passes),
         device=shape.block_bytes + 2 * shape.stream_bytes(tokens) + shape.forward_bytes(min(FORWARD_TOKENS, tokens)),
-        host=shape.block_bytes + 4 * tokens * (shape.blocks if stage == "prefix" else 0),
+        host=4 * tokens * (shape.blocks if stage == "prefix" else 0),
+        staged=shape.block_bytes,
     )
 
 
@@ -135,7 +143,8 @@ def _stream(shape: Shape, *, computed: bool) -> Cost:
             **forward_work(shape, shape.search_tokens),
         ),
         device=shape.block_bytes + shape.forward_bytes(min(FORWARD_TOKENS, shape.search_tokens)),
-        host=shape.block_bytes + 2 * stored,
+        host=2 * stored,
+        staged=shape.block_bytes,
         stored=stored,
     )
 
@@ -150,7 +159,7 @@ def _search(shape: Shape, *, rounds: bool) -> Cost:
     grams = sum(2.0 * tokens * inputs * gram_inputs[inputs] for _, inputs in shape.linears) if points else 0
     passes = forward_work(shape, tokens, ratios + 3 + (1 if points else 0))
     passes["flops"] |= {"search": products + grams}
-    passes["elements"] |= {"search": float(points * shape.parameters)}
+    passes["elements"] |= {"search": float((points + ROUNDING_POINTS) * shape.parameters)}
     inverses = 0
     if rounds:  # of each linear a Gram matrix, its factor, and a sweep over the inputs, some kernels a column
         passes["flops"]["search"] += sum(
@@ -166,8 +175,13 @@ def _search(shape: Shape, *, rounds: bool) -> Cost:
         + 2 * shape.parameters
         + 3 * stream
         + (sum(4 * inputs * gram_inputs[inputs] for _, inputs in shape.linears) if points else 0)
-        + max(SEARCH_BYTES * shape.largest, inverses, shape.forward_bytes(min(FORWARD_TOKENS, tokens))),
-        host=shape.block_bytes + stream + shape.quantized_bytes,
+        + max(
+            (SEARCH_BYTES if points else ROUNDING_BYTES) * shape.largest,
+            inverses,
+            shape.forward_bytes(min(FORWARD_TOKENS, tokens)),
+        ),
+        host=stream + shape.quantized_bytes,
+        staged=shape.block_bytes,
         stored=shape.quantized_bytes,
     )
 
@@ -193,7 +207,8 @@ def _evaluate(shape: Shape, *, shards: int, quantized: bool) -> Cost:
             **passes,
         ),
         device=max(in_blocks, stream + head + _logits_bytes(shape, shape.window)),
-        host=shape.block_bytes + head,
+        host=head,
+        staged=shape.block_bytes,
     )
 
 

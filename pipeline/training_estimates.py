@@ -83,7 +83,8 @@ def training_cost(stage: str, config: Any, shape: Shape, machine: Machine, ranks
     stepping = train_bytes(shape, train, ranks=ranks, last=last > 0, gpu=machine.memory_bytes > 0)
     # Between the epochs more tokens pass at once than in a step: a share of the streams, or the validation loss.
     passing = 16 * shape.parameters + (1 + train.lookahead) * shape.block_bytes
-    passing += shape.forward_bytes(max(min(FORWARD_TOKENS, tokens), min(VALIDATION_TOKENS, held_out)) // ranks)
+    most = max(min(FORWARD_TOKENS, tokens + held_out), min(VALIDATION_TOKENS, held_out))
+    passing += shape.forward_bytes(most // ranks)
     reads = (originals + trained) * shape.block_bytes + trained * shape.quantized_bytes
     return Cost(
         work=Work(

@@ -20,10 +20,14 @@ def build(
     machine: Machine = H200,
     recipe: str = "w4a4kv4-static-trained",
     workers: int = 1,
+    blocks: int | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Graph, Shape, Recipe]:
     """Return graph, sizes and recipe of a model of this shape, which reads texts that need no download."""
     own = ["data.calibration=python-docs", "evaluate.texts=[python-docs]"]
     checked = load_recipe(recipe, [*own, *overrides])
     model = replace(shape_model(shape), dtype=dtype)
+    model.config.num_hidden_layers = blocks or model.config.num_hidden_layers
+    model.config.vocab_size = vocabulary or model.config.vocab_size
     graph = build_graph(checked, Source(path=Path("x"), fingerprint="x"), model, machine=machine, workers=workers)
     return graph, Shape.of(model, dtype, checked), checked
