@@ -31,7 +31,7 @@ from prefixquant.pipeline.graph import Graph
 from prefixquant.pipeline.loading import look_over, prepare
 from prefixquant.pipeline.machines import machine_of
 from prefixquant.pipeline.materialize import check_output, materialize
-from prefixquant.pipeline.outcome import RunFailedError
+from prefixquant.pipeline.outcome import exit_status
 from prefixquant.pipeline.recipe import Recipe, load_recipe
 from prefixquant.pipeline.runner import execute
 from prefixquant.tasks.errors import ConfigError, PrefixQuantError
@@ -119,9 +119,9 @@ class _Progress:
         self._start = self._last = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Show the task that has ended or, while blocks are trained, the epoch."""
+        """Show the task that has ended or, while blocks are trained, the epoch; nothing if there is no text."""
         now = time.monotonic()
-        if now - self._last >= SECONDS_BETWEEN_LINES:
+        if text and now - self._last >= SECONDS_BETWEEN_LINES:
             print(f"[{now - self._start:.0f} s] {text}", file=sys.stderr, flush=True)
             self._last = now
 
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _measure_all(recipes, bench, args.export)
     except PrefixQuantError as err:
         print(f"{parser.prog}: {err}", file=sys.stderr)
-        return 1 if isinstance(err, RunFailedError) and not err.input_is_wrong else 2
+        return exit_status(err)
     finally:
         gc.unfreeze()  # what a worker may keep until its process is killed; this one ends in order
     return 0

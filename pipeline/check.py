@@ -173,7 +173,7 @@ def fit(graph: Graph, measured: Mapping[str, Measured], shape: Shape, machine: M
     A stage that took no longer than its overheads, or was not measured, changes nothing. On a CPU the seconds are those
     of the processor, where they are known: what else ran there is no property of the machine.
     """
-    if machine.memory_bytes == 0:
+    if not machine.is_gpu:
         measured = {
             name: replace(each, seconds=each.processor_seconds or each.seconds) for name, each in measured.items()
         }

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prefixquant.cluster.errors import ArtifactError, StoreUnavailable
+from prefixquant.cluster.errors import ArtifactError
 from prefixquant.cluster.jobs import JobError
 from prefixquant.pipeline.cli_bench import bench
 from prefixquant.pipeline.cli_compare import compare
@@ -183,19 +183,13 @@ def main() -> None:
         _say("interrupted; finished tasks are stored, and the same command goes on from them")
         sys.exit(1)
     except (PrefixQuantError, ArtifactError, JobError, ConnectionError) as err:
+        from prefixquant.pipeline.outcome import exit_status
+
         _say(f"error: {err}")
-        sys.exit(_status(err))
+        sys.exit(exit_status(err))
     except Exception as err:
         if hasattr(err, "format_message"):  # click's usage errors
             if message := err.format_message():  # none where the help has just been shown
                 _say(f"error: {message}")
             sys.exit(2)
         raise
-
-
-def _status(err: Exception) -> int:
-    from prefixquant.pipeline.outcome import RunFailedError
-
-    if isinstance(err, StoreUnavailable):
-        return 1
-    return 1 if isinstance(err, RunFailedError) and not err.input_is_wrong else 2

@@ -99,7 +99,7 @@ class _Planned:
         return Cluster(
             machine=self.machine,
             nodes=nodes or 1,
-            gpus_per_node=int(self.machine.memory_bytes > 0) if gpus_per_node is None else gpus_per_node,
+            gpus_per_node=int(self.machine.is_gpu) if gpus_per_node is None else gpus_per_node,
             cpus_per_node=cpus_per_node or 1,
             host_bytes=None if host_memory is None else host_memory * _GB,
             disk_bytes=None if disk is None else disk * _GB,
@@ -138,7 +138,7 @@ def _planned(
     nodes, gpus, cpus = cluster
     workers = local_workers() if machine is None else 1
     if any(count is not None for count in cluster):
-        workers = (nodes or 1) * ((int(kind.memory_bytes > 0) if gpus is None else gpus) or cpus or 1)
+        workers = (nodes or 1) * ((int(kind.is_gpu) if gpus is None else gpus) or cpus or 1)
     graph = build_graph(recipe, source, model, machine=kind, workers=workers)
     dtype = model.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
     return _Planned(

@@ -35,7 +35,7 @@ COLUMNS_A_FORWARD = 50
 def estimate(node: Node, shape: Shape, machine: Machine, ranks: int = 1) -> Estimate:
     """Return the cost of a node on a machine: one CPU core, or one GPU. With several ranks, that of one of them."""
     cost = _cost(node, shape, machine, ranks)
-    gpu = machine.memory_bytes > 0 and node.resources.gpus > 0
+    gpu = machine.is_gpu and node.resources.gpus > 0
     return Estimate(
         seconds=machine.time(replace(cost.work, written_bytes=cost.stored)),
         host_bytes=int(machine.process_bytes + cost.host + (cost.staged if gpu else cost.device)),
@@ -53,7 +53,7 @@ def work_of(node: Node, shape: Shape, machine: Machine) -> Work:
 
 
 def _cost(node: Node, shape: Shape, machine: Machine, ranks: int = 1) -> Cost:
-    shape = replace(shape, on_cpu=machine.memory_bytes == 0)
+    shape = replace(shape, on_cpu=not machine.is_gpu)
     match node.task.name:
         case "rotate":
             rotate = node.config.rotate

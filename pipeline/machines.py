@@ -74,6 +74,11 @@ class Machine:
     seconds: Mapping[str, float]
     """Of the stages that do not depend on the model's size."""
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is a GPU that computes, not a CPU core."""
+        return self.memory_bytes > 0
+
     def time(self, work: "Work") -> float:
         """Return the seconds that work takes here."""
         return (

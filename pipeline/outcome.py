@@ -59,6 +59,13 @@ class RunFailedError(PrefixQuantError):
         self.input_is_wrong = input_is_wrong
 
 
+def exit_status(err: Exception) -> int:
+    """Return 1 where the same command can do it another time, 2 where what was given has to be changed first."""
+    if isinstance(err, StoreUnavailable):
+        return 1
+    return 1 if isinstance(err, RunFailedError) and not err.input_is_wrong else 2
+
+
 Outcome = Literal["done", "cached", "failed", "skipped", "unneeded"]
 """done: built in this run. cached: was there. failed: its task raised. skipped: needs one that failed, or the run was
 interrupted first. unneeded: nothing that ran had a use for it."""

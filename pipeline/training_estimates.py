@@ -46,7 +46,7 @@ def stream_place(shape: Shape, train: TrainConfig, machine: Machine, ranks: int 
     total = (2 if train.target == "fp_input" else 3) * float(shape.stream_bytes(tokens))
     if train.offload_to_disk:
         return "disk", total
-    fits = machine.memory_bytes > 0 and total < DEVICE_SHARE * machine.memory_bytes
+    fits = machine.is_gpu and total < DEVICE_SHARE * machine.memory_bytes
     return ("device" if fits else "host"), total
 
 
@@ -80,7 +80,7 @@ def training_cost(stage: str, config: Any, shape: Shape, machine: Machine, ranks
     exchanged = 2 * (2 if rows else 4) * shape.parameters * (ranks - 1) / ranks
     graphed = rows or ranks == 1
     place, stream_bytes = stream_place(shape, train, machine, ranks)
-    stepping = train_bytes(shape, train, ranks=ranks, last=last > 0, gpu=machine.memory_bytes > 0)
+    stepping = train_bytes(shape, train, ranks=ranks, last=last > 0, gpu=machine.is_gpu)
     # Between the epochs more tokens pass at once than in a step: a share of the streams, or the validation loss.
     passing = 16 * shape.parameters + (1 + train.lookahead) * shape.block_bytes
     most = max(min(FORWARD_TOKENS, tokens + held_out), min(VALIDATION_TOKENS, held_out))

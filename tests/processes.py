@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 MARK = "PREFIXQUANT_TEST_MARK"
@@ -11,16 +12,23 @@ MARK = "PREFIXQUANT_TEST_MARK"
 _GONE = (FileNotFoundError, ProcessLookupError)
 
 
-def marked(mark: str) -> dict[int, str]:
-    """Return the processes, with their command lines, that have the mark in their environment."""
+def running(fits: Callable[[list[bytes], str], bool]) -> dict[int, str]:
+    """Return the processes, with their command lines, whose environment and command line fit."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (*_GONE, PermissionError):
             continue  # it ended meanwhile, or belongs to somebody else
+        if fits(environment, line):
+            found[int(folder.name)] = line
     return found
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Return the processes, with their command lines, that have the mark in their environment."""
+    return running(lambda environment, _: f"{MARK}={mark}".encode() in environment)
 
 
 def descendants(pid: int) -> list[int]:

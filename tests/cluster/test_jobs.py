@@ -15,7 +15,7 @@ import pytest
 import tiny
 import yaml
 from ports import free_ports
-from processes import MARK, end_marked, kill
+from processes import MARK, end_marked, kill, running
 from waiting import wait_until
 
 from prefixquant.cluster.jobs import JobCluster, JobError, JobSpec
@@ -35,18 +35,6 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
     "RAY_USAGE_STATS_ENABLED": "0",
     "COLUMNS": "240",
 }
-
-
-def processes(fits):
-    """Return the processes whose environment and command line, as bytes, fit."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if fits((folder / "environ").read_bytes(), (folder / "cmdline").read_bytes().replace(b"\0", b" ")):
-                found.append(int(folder.name))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it ended meanwhile, or belongs to somebody else
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +201,7 @@ def test_ctrl_c_ends_the_following_and_not_the_job_whose_death_is_a_failure(head
     assert f"job {spec.job_id} goes on" in stderr
     assert f"prefixquant job stop {spec.job_id} --address {head}" in stderr
     assert cluster.get(spec.job_id).status == "RUNNING"
-    for driver in processes(lambda _, line: line.startswith(b"python -c") and spec.job_id.encode() in line):
+    for driver in running(lambda _, line: line.startswith("python -c") and spec.job_id in line):
         kill(driver)
     status, _, stderr = command("job", "logs", "--follow", spec.job_id)
     assert (status, f"job {spec.job_id} FAILED" in stderr) == (1, True), stderr
