@@ -40,7 +40,7 @@ def fetch_rows(start, rows, size, stride, ROWS: tl.constexpr, LINES: tl.constexp
     `start` points to bytes, `size` of which belong to a row. Nothing is read: what another kernel writes there
     meanwhile is seen by who reads it later.
     """
-    if OVERLAP:
+    if OVERLAP and LINES > 0:
         o_r = tl.minimum(tl.arange(0, ROWS), rows - 1).to(tl.int64)
         o_b = tl.minimum(tl.arange(0, LINES) * 128, size - 1)
         tl.inline_asm_elementwise(

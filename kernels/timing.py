@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from prefixquant.kernels.workspace import recording
+
 
 def record(function: Callable[[], object], repeats: int = 1) -> torch.cuda.CUDAGraph:
     """Return a CUDA graph of `repeats` calls, recorded after two calls that load what they need."""
@@ -15,7 +17,7 @@ def record(function: Callable[[], object], repeats: int = 1) -> torch.cuda.CUDAG
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with recording(graph, stream=stream):
         for _ in range(repeats):
             function()
     return graph

@@ -8,14 +8,13 @@ Nibbles are used as n ^ 8 = code + 8, which is not negative, so that four unpack
 # Triton has no types, and its kernels cannot:
 # mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prefixquant.kernels.overlap import fetch_rows, launch_flags, wait_for_inputs
+from prefixquant.kernels.workspace import zeros
 
 PROGRAMS = 264
 """Programs that a large GPU runs at once, at least."""
@@ -90,6 +89,7 @@ def vector_kernel(
     OVERLAP: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
+    LINES: tl.constexpr,
 ):
     """Multiply BN rows of WORDS words of the weight with one row of x [M, 2 WORDS], words as well."""
     i_n, i_m = tl.program_id(0), tl.program_id(1)
@@ -97,7 +97,7 @@ def vector_kernel(
     o_w = tl.arange(0, BW)
     m_n = o_n < N
     rows = weight.to(tl.pointer_type(tl.int8)) + (i_n * BN).to(tl.int64) * (4 * WORDS)
-    fetch_rows(rows, N - i_n * BN, 4 * WORDS, 4 * WORDS, BN, 128 // BN, OVERLAP)
+    fetch_rows(rows, N - i_n * BN, 4 * WORDS, 4 * WORDS, BN, LINES, OVERLAP)
     wait_for_inputs(OVERLAP)
     p_w = weight + o_n.to(tl.int64)[:, None] * WORDS
     p_x = x + i_m * 2 * WORDS
@@ -163,6 +163,7 @@ def rows_kernel(
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
+    LINES: tl.constexpr,
 ):
     """Compute y^T [BN, BM]: the weight is the first operand, which tensor cores take from registers.
 
@@ -179,7 +180,7 @@ def rows_kernel(
     codes = tl.zeros((BM,), dtype=tl.int32)
     part = tl.cdiv(tl.cdiv(HALF, BK), SPLITS) * BK
     rows = weight + (i_n * BN).to(tl.int64) * HALF + i_s * part
-    fetch_rows(rows, N - i_n * BN, tl.minimum(part, HALF - i_s * part), HALF, BN, 8, OVERLAP)
+    fetch_rows(rows, N - i_n * BN, tl.minimum(part, HALF - i_s * part), HALF, BN, LINES, OVERLAP)
     wait_for_inputs(OVERLAP)
     for k in range(i_s * part, tl.minimum(HALF, i_s * part + part), BK):
         m_k = o_k + k < HALF
@@ -226,28 +227,15 @@ def tiling(rows: int, outputs: int, half: int) -> dict[str, int]:
         tiles = triton.cdiv(outputs, tile["BN"])
         steps = triton.cdiv(half, tile["BK"])
         splits = 1 if tiles > PROGRAMS // 3 else max(1, min(PROGRAMS // tiles, steps // 4))
-        return tile | {"SPLITS": splits, "num_warps": 4, "num_stages": 3}
+        return tile | {"SPLITS": splits, "LINES": 8, "num_warps": 4, "num_stages": 3}
     wide = rows > 256
-    return {"BN": 256 if wide else 128, "BM": 128, "BK": 64, "SPLITS": 1, "num_warps": 8, "num_stages": 3}
+    return {"BN": 256 if wide else 128, "BM": 128, "BK": 64, "SPLITS": 1, "LINES": 8, "num_warps": 8, "num_stages": 3}
 
 
-def _workspace(device: torch.device, size: int) -> tuple[Tensor, Tensor]:
-    """Return sums and arrivals, zero between launches: those of the stream, or while it is captured ones of its own,
-    which the graph sets to zero."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _zeros(device, size)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _kept(device, stream, triton.next_power_of_2(size))
-
-
-@cache
-def _kept(device: torch.device, stream: int, size: int) -> tuple[Tensor, Tensor]:
-    return _zeros(device, size)
-
-
-def _zeros(device: torch.device, size: int) -> tuple[Tensor, Tensor]:
-    both = torch.zeros(size + MAX_TILES, dtype=torch.int32, device=device)
-    return both[:size], both[size:]
+def vector_tiling(outputs: int, words: int) -> dict[str, int]:
+    """Return block and launch sizes of `vector_kernel`, as they measured best on an H100."""
+    wide = outputs >= 16384
+    return {"BN": 16 if wide else 8, "BW": 128 if wide else 256, "LINES": 8 if wide else 16, "num_warps": 4}
 
 
 def linear_few_rows(
@@ -274,17 +262,15 @@ def linear_few_rows(
     }
     shared = (weight_scale, nothing if bias is None else bias, nothing if added is None else added, y)
     if rows == 1 and half % 4 == 0 and tile is None:
-        block = 16 if outputs >= 16384 else 8
-        vector_kernel[(triton.cdiv(outputs, block), rows)](
+        block = vector_tiling(outputs, half // 4)
+        vector_kernel[(triton.cdiv(outputs, block["BN"]), rows)](
             x.view(torch.int32),
             x_scale,
             weight.view(torch.int32),
             *shared,
             outputs,
             half // 4,
-            BN=block,
-            BW=128 if outputs >= 16384 else 256,
-            num_warps=4,
+            **block,
             **flags,
         )
         return y
@@ -293,6 +279,7 @@ def linear_few_rows(
     sums = arrived = x
     if tile["SPLITS"] > 1:
         size = grid[0] * grid[1] * tile["BM"] * tile["BN"]
-        sums, arrived = _workspace(x.device, size)
+        shared_zeros = zeros(x.device, size + MAX_TILES)
+        sums, arrived = shared_zeros[:size], shared_zeros[size:]
     rows_kernel[grid](x, x_scale, weight.view(torch.int8), *shared, sums, arrived, rows, outputs, half, **flags, **tile)
     return y

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from prefixquant.kernels.workspace import recording
 from prefixquant.tasks.model.cache import CACHE_NAMES, cache_name
 from prefixquant.tasks.runtime.cache import PackedCache
 
@@ -57,7 +58,7 @@ class DecodeGraph:
         self._positions = torch.zeros(cache.batch, 1, dtype=torch.long, device=device)
         self._graph = torch.cuda.CUDAGraph()
         filled = cache.filled
-        with torch.cuda.graph(self._graph):
+        with recording(self._graph):
             self._output = model.forward(
                 input_ids=self._ids, position_ids=self._positions, **{cache_name(model.base_model): cache}
             )
@@ -108,7 +109,7 @@ class PromptGraph:
         model.base_model(**inputs)  # loads what it needs
         self._cache.clear()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with recording(self._graph, pool=pool):
             self._hidden = model.base_model(**inputs).last_hidden_state
 
     def run(self, model: Any, call: Call) -> Any:

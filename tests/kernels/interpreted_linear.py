@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from prefixquant.kernels import workspace
 from prefixquant.kernels.gemm import few_rows
 from prefixquant.kernels.gemm.few_rows import linear_few_rows
 from prefixquant.kernels.gemm.kernel import linear_triton
@@ -22,6 +23,7 @@ from prefixquant.kernels.hadamard.reference import hadamard_quantize_reference, 
 from prefixquant.kernels.int4 import pack_int4, unpack_int4
 from prefixquant.kernels.quantize.kernel import quantize_triton
 from prefixquant.kernels.quantize.reference import quantize_reference
+from prefixquant.kernels.workspace import zeros
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -104,7 +106,7 @@ def compare_few_rows() -> None:
     for outputs, columns in ((1, 8), (13, 88), (70, 2120)):  # of one row: words of a block and more, and some over
         for flags in options:
             check_few_rows(random(1, columns, -128, 128), random(outputs, columns), None, **flags)
-    rows_tile = {"BN": 32, "BM": 16, "BK": 32, "num_warps": 4, "num_stages": 1}
+    rows_tile = {"BN": 32, "BM": 16, "BK": 32, "LINES": 8, "num_warps": 4, "num_stages": 1}
     for rows, outputs, columns in ((1, 40, 70), (3, 33, 194), (20, 70, 450)):
         for splits in (1, 3):
             for flags in options:
@@ -116,10 +118,10 @@ def compare_few_rows() -> None:
             check_few_rows(torch.full((rows, 2048), code), torch.full((40, 2048), weight), tile, **plain)
     check_few_rows(random(5, 4100), random(50, 4100), None, **plain)  # in the tile it is launched with
     assert few_rows.tiling(5, 50, 2050)["SPLITS"] > 1
-    known = few_rows._kept.cache_info().misses
-    for size in (1024, 4096):  # what the programs of a tile share is left as it was found
-        assert not any(bool(part.any()) for part in few_rows._kept(torch.device("cpu"), 0, size))
-    assert few_rows._kept.cache_info().misses == known
+    known = workspace._kept.cache_info().misses
+    for size in (2048, 4096):  # what the programs of a tile share is left as it was found
+        assert not zeros(torch.device("cpu"), size).any()
+    assert workspace._kept.cache_info().misses == known
     print("few rows match")
 
 

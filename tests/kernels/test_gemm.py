@@ -163,12 +163,15 @@ def test_few_rows_compile_to_integer_tensor_cores_that_take_the_weight_from_regi
     assert ("atom" in ptx) == (tile["SPLITS"] > 1)
 
 
-@pytest.mark.parametrize(("block", "words"), [(8, 256), (16, 128)])
-def test_one_row_compiles_to_products_of_four_bytes(block, words):
+@pytest.mark.parametrize(("outputs", "half"), [(6144, 2048), (4096, 2048), (28672, 2048), (4096, 7168)])
+def test_one_row_compiles_to_products_of_four_bytes(outputs, half):
     pytest.importorskip("triton")
-    from prefixquant.kernels.gemm.few_rows import vector_kernel
+    from prefixquant.kernels.gemm.few_rows import vector_kernel, vector_tiling
 
+    tile = vector_tiling(outputs, half // 4)
+    options = {"num_warps": tile.pop("num_warps")}
     types = ["*i32", "*fp32", "*i32", "*fp32", "*bf16", "*bf16", "*bf16", "i32", "i32"]
-    ptx = compiled_for_hopper(vector_kernel, types, FLAGS | {"BN": block, "BW": words}, {"num_warps": 4})
-    assert ptx.count("dp4a.u32.s32") == 2 * block * words // 128  # two a word, a word a thread
+    ptx = compiled_for_hopper(vector_kernel, types, FLAGS | tile, options)
+    threads = 32 * options["num_warps"]
+    assert ptx.count("dp4a.u32.s32") == 2 * tile["BN"] * tile["BW"] // threads  # two a word
     assert "ld.global.v4.b32" in ptx

@@ -31,7 +31,7 @@ KERNELS = {
     "vector": (
         vector_kernel,
         "*i32 *fp32 *i32 *fp32 *bf16 *bf16 *bf16 i32 i32",
-        LINEAR | {"BN": 16, "BW": 128},
+        LINEAR | {"BN": 16, "BW": 128, "LINES": 8},
         {"num_warps": 4},
     ),
     "rows": (

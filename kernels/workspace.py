@@ -1,0 +1,59 @@
+"""Memory that a kernel finds zero and leaves zero, so that it need not be set to zero before each launch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_Recorded = dict[tuple[torch.device, int], Tensor]
+_RECORDED: ContextVar[_Recorded | None] = ContextVar("recorded", default=None)
+
+LEAST = 2**19
+"""Integers at first, enough for most launches: a graph sets them to zero once, each larger piece once more."""
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
+    """Record what runs within as a CUDA graph whose launches share their zeros (options: those of torch.cuda.graph).
+
+    Recorded without this, every launch that needs zeros has its own, set to zero before it at each replay.
+    """
+    token = _RECORDED.set({})
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    finally:
+        _RECORDED.reset(token)
+
+
+def zeros(device: torch.device, size: int) -> Tensor:
+    """Return int32 [size], zero. What launches of one stream share; each leaves it as it found it."""
+    if device.type != "cuda":
+        return _kept(device, 0, _rounded(size))[:size]
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if not torch.cuda.is_current_stream_capturing():
+        return _kept(device, stream, _rounded(size))[:size]
+    shared = _RECORDED.get()
+    if shared is None:
+        return _zeros(device, size)
+    found = shared.get((device, stream))
+    if found is None or len(found) < size:
+        found = shared[device, stream] = _zeros(device, max(LEAST, _rounded(size)))
+    return found[:size]
+
+
+def _rounded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+@cache
+def _kept(device: torch.device, stream: int, size: int) -> Tensor:
+    return _zeros(device, size)
+
+
+def _zeros(device: torch.device, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)
