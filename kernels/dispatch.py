@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _REFERENCES: ContextVar[bool] = ContextVar("references", default=False)
-_OVERLAP: ContextVar[bool] = ContextVar("overlap", default=False)
+_OVERLAP: ContextVar[bool] = ContextVar("overlap", default=True)
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -35,7 +35,8 @@ def references() -> Iterator[None]:
 
 @contextmanager
 def overlapped_launches(wanted: bool = True) -> Iterator[None]:
-    """Have the runtime's kernels start while those before them end (`kernels.overlap`), on GPUs that can, or not.
+    """Have the runtime's kernels for one token start while those before them end (`kernels.overlap`), on GPUs that can
+    (Hopper and later), or not.
 
     It holds for this thread; a CUDA graph recorded before replays what it was recorded with.
     """
@@ -47,7 +48,7 @@ def overlapped_launches(wanted: bool = True) -> Iterator[None]:
 
 
 def wants_overlap() -> bool:
-    """Return whether `overlapped_launches()` is around."""
+    """Return whether launches may overlap: yes, unless `overlapped_launches(False)` is around."""
     return _OVERLAP.get()
 
 

@@ -18,7 +18,7 @@ from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.evaluate import PerplexityConfig
 from prefixquant.tasks.find_prefix import FindPrefixConfig
 from prefixquant.tasks.gptq import GptqConfig
-from prefixquant.tasks.harness import HarnessConfig
+from prefixquant.tasks.harness import check_counts
 from prefixquant.tasks.model.sites import OnlineTransforms
 from prefixquant.tasks.model.spec import QuantizeConfig
 from prefixquant.tasks.profiles.export import ProfileExportConfig, wants_exemptions
@@ -225,7 +225,7 @@ class EvaluateConfig:
             raise ConfigError(f"evaluate.texts names a text twice: {', '.join(self.texts)}; name each once")
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"evaluate.tasks names a task twice: {', '.join(self.tasks)}; name each once")
-        HarnessConfig(name="any", shots=self.shots, limit=self.limit)
+        check_counts(self.shots, self.limit)
         for name, least in (("shards", self.shards), ("gpus", self.gpus)):
             if least is not None and least < 1:
                 raise ConfigError(f"evaluate.{name} must be at least 1, got {least}")

@@ -60,10 +60,15 @@ class HarnessConfig:
     """Of lm-eval."""
 
     def __post_init__(self) -> None:
-        if self.shots is not None and self.shots < 0:
-            raise ConfigError(f"evaluate.shots must not be negative, got {self.shots}")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"evaluate.limit must be at least 1, or off for all documents, got {self.limit}")
+        check_counts(self.shots, self.limit)
+
+
+def check_counts(shots: int | None, limit: int | None) -> None:
+    """Raise ConfigError if shots or limit cannot be."""
+    if shots is not None and shots < 0:
+        raise ConfigError(f"evaluate.shots must not be negative, got {shots}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"evaluate.limit must be at least 1, or off for all documents, got {limit}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,10 @@ MAX_TILES = 1024
 """Tiles that are split at most; with more there is no need to."""
 
 
+VECTOR_TILE = {"BN": 8, "BW": 256, "LINES": 8, "num_warps": 4}
+"""Block and launch sizes of `vector_kernel`, as they measured best on an H100 in a chain of overlapping launches."""
+
+
 @triton.jit
 def _add_products(words, x_lo, x_hi, total, ASM: tl.constexpr):
     """Return total + the products of eight weights with eight codes, elementwise."""
@@ -158,12 +162,10 @@ def rows_kernel(
     BIAS: tl.constexpr,
     ADDED: tl.constexpr,
     ASM: tl.constexpr,
-    OVERLAP: tl.constexpr,
     SPLITS: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
-    LINES: tl.constexpr,
 ):
     """Compute y^T [BN, BM]: the weight is the first operand, which tensor cores take from registers.
 
@@ -179,9 +181,6 @@ def rows_kernel(
     total = tl.zeros((BN, BM), dtype=tl.int32)
     codes = tl.zeros((BM,), dtype=tl.int32)
     part = tl.cdiv(tl.cdiv(HALF, BK), SPLITS) * BK
-    rows = weight + (i_n * BN).to(tl.int64) * HALF + i_s * part
-    fetch_rows(rows, N - i_n * BN, tl.minimum(part, HALF - i_s * part), HALF, BN, LINES, OVERLAP)
-    wait_for_inputs(OVERLAP)
     for k in range(i_s * part, tl.minimum(HALF, i_s * part + part), BK):
         m_k = o_k + k < HALF
         m_x = m_k[:, None] & m_m[None, :]
@@ -227,15 +226,9 @@ def tiling(rows: int, outputs: int, half: int) -> dict[str, int]:
         tiles = triton.cdiv(outputs, tile["BN"])
         steps = triton.cdiv(half, tile["BK"])
         splits = 1 if tiles > PROGRAMS // 3 else max(1, min(PROGRAMS // tiles, steps // 4))
-        return tile | {"SPLITS": splits, "LINES": 8, "num_warps": 4, "num_stages": 3}
+        return tile | {"SPLITS": splits, "num_warps": 4, "num_stages": 3}
     wide = rows > 256
-    return {"BN": 256 if wide else 128, "BM": 128, "BK": 64, "SPLITS": 1, "LINES": 8, "num_warps": 8, "num_stages": 3}
-
-
-def vector_tiling(outputs: int, words: int) -> dict[str, int]:
-    """Return block and launch sizes of `vector_kernel`, as they measured best on an H100."""
-    wide = outputs >= 16384
-    return {"BN": 16 if wide else 8, "BW": 128 if wide else 256, "LINES": 8 if wide else 16, "num_warps": 4}
+    return {"BN": 256 if wide else 128, "BM": 128, "BK": 64, "SPLITS": 1, "num_warps": 8, "num_stages": 3}
 
 
 def linear_few_rows(
@@ -258,19 +251,18 @@ def linear_few_rows(
         "BIAS": bias is not None,
         "ADDED": added is not None,
         "ASM": asm,
-        **launch_flags(x),
     }
     shared = (weight_scale, nothing if bias is None else bias, nothing if added is None else added, y)
     if rows == 1 and half % 4 == 0 and tile is None:
-        block = vector_tiling(outputs, half // 4)
-        vector_kernel[(triton.cdiv(outputs, block["BN"]), rows)](
+        vector_kernel[(triton.cdiv(outputs, VECTOR_TILE["BN"]), rows)](
             x.view(torch.int32),
             x_scale,
             weight.view(torch.int32),
             *shared,
             outputs,
             half // 4,
-            **block,
+            **VECTOR_TILE,
+            **launch_flags(x, rows),
             **flags,
         )
         return y

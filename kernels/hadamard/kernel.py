@@ -231,7 +231,7 @@ def hadamard_triton(
         QUANTIZE=0 if codes is None else 2 if dynamic else 1,
         LOW=-(2 ** (bits - 1)),
         HIGH=2 ** (bits - 1) - 1,
-        **launch_flags(x),
+        **launch_flags(x, rows),
         **launch,
     )
     return y, scales

@@ -359,7 +359,7 @@ def split_triton(
         HADAMARD=hadamard,
         C=channels,
         BT=block,
-        **launch_flags(x),
+        **launch_flags(x, batch * tokens),
         **SPLIT_LAUNCH,
     )
     return query
@@ -441,7 +441,7 @@ def attention_triton(
         BP=max(16, triton.next_power_of_2(count)),
         STARTS=start is not None,
         ASM=asm,
-        **launch_flags(query),
+        **launch_flags(query, batch * tokens),
         **(launch or {"BN": 64, "num_warps": 4, "num_stages": 3}),
     )
     if splits > 1:
@@ -457,7 +457,7 @@ def attention_triton(
             BS=triton.next_power_of_2(splits),
             C=channels,
             QUANTIZE=out_scale is not None,
-            **launch_flags(query),
+            **launch_flags(query, batch * tokens),
             DTYPE=_TYPES[query.dtype],
             LOW=-(2 ** (out_bits - 1)),
             HIGH=2 ** (out_bits - 1) - 1,

@@ -94,7 +94,7 @@ def quantize_triton(
         LOW=-(2 ** (bits - 1)),
         HIGH=2 ** (bits - 1) - 1,
         BLOCK=block,
-        **launch_flags(x),
+        **launch_flags(x, rows),
         num_warps=min(16, max(1, block // 256)),
     )
     return codes, scales

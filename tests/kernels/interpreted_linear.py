@@ -106,7 +106,7 @@ def compare_few_rows() -> None:
     for outputs, columns in ((1, 8), (13, 88), (70, 2120)):  # of one row: words of a block and more, and some over
         for flags in options:
             check_few_rows(random(1, columns, -128, 128), random(outputs, columns), None, **flags)
-    rows_tile = {"BN": 32, "BM": 16, "BK": 32, "LINES": 8, "num_warps": 4, "num_stages": 1}
+    rows_tile = {"BN": 32, "BM": 16, "BK": 32, "num_warps": 4, "num_stages": 1}
     for rows, outputs, columns in ((1, 40, 70), (3, 33, 194), (20, 70, 450)):
         for splits in (1, 3):
             for flags in options:

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from prefixquant.kernels.dispatch import overlapped_launches
-from prefixquant.kernels.gemm.few_rows import rows_kernel, tiling, vector_kernel
+from prefixquant.kernels.gemm.few_rows import VECTOR_TILE, vector_kernel
 from prefixquant.kernels.hadamard.kernel import hadamard_kernel
 from prefixquant.kernels.kv_attention.kernel import SPLIT_LAUNCH, attention_kernel, combine_kernel, split_kernel
 from prefixquant.kernels.overlap import launch_flags
@@ -19,8 +19,6 @@ from prefixquant.kernels.quantize.kernel import quantize_kernel
 
 BOUNDS = {"LOW": -8, "HIGH": 7}
 LINEAR = {"X_SCALE": 1, "BIAS": False, "ADDED": True, "ASM": True}
-TILE = tiling(16, 6144, 2048)
-LAUNCH = {name: TILE.pop(name) for name in ("num_warps", "num_stages")}
 KERNELS = {
     "quantize": (
         quantize_kernel,
@@ -31,14 +29,8 @@ KERNELS = {
     "vector": (
         vector_kernel,
         "*i32 *fp32 *i32 *fp32 *bf16 *bf16 *bf16 i32 i32",
-        LINEAR | {"BN": 16, "BW": 128, "LINES": 8},
-        {"num_warps": 4},
-    ),
-    "rows": (
-        rows_kernel,
-        "*i8 *fp32 *i8 *fp32 *bf16 *bf16 *bf16 *i32 *i32 i32 i32 i32",
-        LINEAR | TILE,
-        LAUNCH,
+        LINEAR | {name: VECTOR_TILE[name] for name in ("BN", "BW", "LINES")},
+        {"num_warps": VECTOR_TILE["num_warps"]},
     ),
     "split": (
         split_kernel,
@@ -76,12 +68,20 @@ def test_nothing_is_read_or_written_before_the_kernel_in_front_is_over(name):
     order = MEMORY.findall(ptx)
     wait = order.index("griddepcontrol.wait")
     assert order[wait - 1] == "griddepcontrol.launch_dependents"
-    assert set(order[: wait - 1]) == ({"prefetch.global.L2"} if name in ("vector", "rows") else set())
+    assert set(order[: wait - 1]) == ({"prefetch.global.L2"} if name == "vector" else set())
     assert len(order) > wait + 1
 
 
-def test_launches_overlap_on_request_and_on_gpus_that_can():
-    x = torch.zeros(1)
-    assert launch_flags(x) == {"OVERLAP": False}
-    with overlapped_launches():
-        assert launch_flags(x) == {"OVERLAP": False}  # no GPU
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
+def test_launches_for_one_token_overlap_on_gpus_that_can():
+    x = torch.zeros(1, device="cuda")
+    can = torch.cuda.get_device_capability() >= (9, 0)
+    assert launch_flags(x, 1)["OVERLAP"] == can
+    assert not launch_flags(x, 2)["OVERLAP"]
+    with overlapped_launches(False):
+        assert launch_flags(x, 1) == {"OVERLAP": False}
+
+
+def test_launches_do_not_overlap_without_a_gpu():
+    assert launch_flags(torch.zeros(1), 1) == {"OVERLAP": False}

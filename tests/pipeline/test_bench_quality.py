@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -45,6 +47,35 @@ def changes(overrides):
 def measured(capsys):
     out = capsys.readouterr().out.splitlines()
     return out[:-1], json.loads(out[-1])
+
+
+WITHOUT = """
+import importlib.machinery, importlib.metadata, sys
+missing = {"ray", "mlflow", "deepspeed", "lm_eval", "s3fs"}
+find, named = importlib.machinery.PathFinder.find_spec, importlib.metadata.Distribution.from_name
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in missing else find(name, path, target)
+
+def from_name(name):
+    if name in missing:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return named(name)
+
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
+importlib.metadata.Distribution.from_name = from_name
+from prefixquant.pipeline.bench_quality import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_it_measures_where_neither_ray_nor_mlflow_deepspeed_and_lm_eval_are_installed(arguments):
+    changed = changes(["train.sequences=4", *SMALL_TRAINING])
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT, "w4a4", "w4a4-128x5", *arguments, *changed], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert len(json.loads(ran.stdout.splitlines()[-1])["settings"]) == 2
 
 
 def test_every_named_setting_is_a_shipped_recipe_with_changes_it_takes():

@@ -63,8 +63,10 @@ def test_blocks_give_what_the_simulation_gives_on_the_same_input(exported, model
         replace.remove()
         handle.remove()
         close = torch.isclose(found[0], wanted, rtol=1e-4, atol=1e-4).all(-1)
-        # Sums in another order may take a value across the edge between two codes, which changes its token.
-        assert close.float().mean() > 0.95
+        # Sums in another order may take a value across the edge between two codes, which changes its token. A scale a
+        # token at a clipping ratio of 1 puts the token's largest value, 7.5 steps, on an edge itself.
+        at_edges = any(name.endswith("clip_ratio") and float(each) == 1 for name, each in simulation.named_buffers())
+        assert close.float().mean() > (0.8 if at_edges else 0.95)
 
 
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(model):

@@ -96,13 +96,13 @@ def test_recorded_steps_give_the_logits_of_eager_ones(exported, dtype):
 @torch.no_grad()
 def test_overlapped_launches_change_no_bit(exported, dtype):
     model = load(exported, dtype)
-    name, ids = cache_name(model.base_model), tiny.random_ids(2, 80).cuda()
+    name, ids = cache_name(model.base_model), tiny.random_ids(1, 80).cuda()
     one_by_one, overlapped = caches_behind(model, ids[:, :40])
     for index in range(40, 80):
         step = ids[:, index : index + 1]
-        wanted = model(input_ids=step, **{name: one_by_one}).logits.clone()
-        with overlapped_launches():
-            found = model(input_ids=step, **{name: overlapped}).logits
+        with overlapped_launches(False):
+            wanted = model(input_ids=step, **{name: one_by_one}).logits.clone()
+        found = model(input_ids=step, **{name: overlapped}).logits
         assert torch.equal(found, wanted)
     for ours, theirs in zip(overlapped.layers, one_by_one.layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys)
