@@ -8,7 +8,6 @@ from inline import run_inline, small_recipe
 from prefixquant.cluster.store import ArtifactStore
 from prefixquant.kernels.hadamard import hadamard_transform
 from prefixquant.pipeline.access import LazyInputs
-from prefixquant.pipeline.artifacts import encode
 from prefixquant.pipeline.materialize import materialize
 from prefixquant.pipeline.stages import run_calibrate
 from prefixquant.pipeline.worker import TaskContext
@@ -122,11 +121,11 @@ def test_what_outgrows_the_gpu_fits_in_two_parts_and_gives_the_same(tmp_path):
     graph, _, _ = run_inline(recipe | {"search": None}, store)
     node, keys = graph.nodes["calibrate"], graph.input_keys("calibrate")
 
-    def calibrate(parts: int) -> dict[str, bytes]:
+    def calibrate(parts: int) -> dict[str, torch.Tensor]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         context = TaskContext(config=node.config, inputs=LazyInputs(store, keys), device=CUDA, parts=parts)
-        return encode(run_calibrate(context).artifact)
+        return dict(run_calibrate(context).artifact.tensors)
 
     wanted = calibrate(1)
     whole = torch.cuda.max_memory_reserved()
@@ -141,4 +140,6 @@ def test_what_outgrows_the_gpu_fits_in_two_parts_and_gives_the_same(tmp_path):
         found = calibrate(2)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert found == wanted  # extremes, which do not depend on how many sequences pass at once
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():  # cuBLAS may add in another order where half as many rows pass at once
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-6)

@@ -133,7 +133,7 @@ def test_shipped_recipes_hold_the_settings_they_are_named_for():
     trained = load_recipe("w4a4kv4-static-trained").train
     assert trained is not None
     assert (trained.epochs, trained.sequences, trained.validation_sequences, trained.sequence_length) == (
-        20,
+        5,
         512,
         64,
         1024,
