@@ -65,15 +65,19 @@ def prefix_keys(device: torch.device) -> torch.Tensor:
 
 
 def test_quantize_block_on_gpu_finds_the_error_of_the_cpu():
-    errors = []
+    found = []
     for device in (CUDA, tiny.CPU):
         block, stream = block_on(device)
         prefix = prefix_key_values([block], stream[0, :3], device=device)
         ranges = calibrate_blocks([block], prefix, stream, CalibrateConfig(), batch_size=2, device=device)[0]
         own = block_prefix(prefix, 0, device)
         spec = QuantizeConfig().weights
-        errors.append(quantize_block(block, ranges, stream, own, spec, SearchConfig(), batch_size=2).error)
-    assert errors[0] == pytest.approx(errors[1], rel=0.02)  # a value on a rounding boundary may move one code
+        found.append(quantize_block(block, ranges, stream, own, spec, SearchConfig(), batch_size=2))
+    on_gpu, on_cpu = found
+    assert on_gpu.error_before == pytest.approx(on_cpu.error_before, rel=0.01)  # values on the edge of two codes
+    # Two coarse ratios of the last site are 4e-4 apart here: a code that tips over decides between them, and with it
+    # between errors 3 % apart.
+    assert on_gpu.error == pytest.approx(on_cpu.error, rel=0.05)
 
 
 def test_perplexity_on_gpu_equals_cpu():
