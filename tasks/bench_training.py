@@ -4,11 +4,10 @@ Prints seconds a step and an epoch, the share of the GPU's peak that the product
 `--variants` the same for several ways of taking the step, beside the default; each is checked first: its loss and the
 gradient of every weight must be as near to those of the step in float32 as the default's are.
 
-    swiglu        SwiGLU joined to the Hadamard transform and fake quantization of down_proj's input
     padded        attention behind the prefix under the plain causal mask
     cudnn         the same, by cuDNN
     fp8           forward products of 4-bit codes in fp8; only with --compile
-    together      all of it, attention by cuDNN
+    together      both, attention by cuDNN
 """
 
 import argparse
@@ -40,11 +39,10 @@ PREFIX_TOKENS = 3
 
 VARIANTS = {
     "default": StepWays(),
-    "swiglu": StepWays(joined_swiglu=True),
     "padded": StepWays(attention="padded"),
     "cudnn": StepWays(attention="cudnn"),
     "fp8": StepWays(code_products=True),
-    "together": StepWays(joined_swiglu=True, attention="cudnn", code_products=True),
+    "together": StepWays(attention="cudnn", code_products=True),
 }
 
 TOLERANCE = 1.25, 0.02

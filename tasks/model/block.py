@@ -105,7 +105,6 @@ class Block(nn.Module):
         sites = self.sites
         for role, site in sources.items():
             self.linear(role).code_site = (sites[site],) if ways.code_products else None
-        self.linear(family.down).joins_swiglu = ways.joined_swiglu
         self.ways = ways
 
     @property

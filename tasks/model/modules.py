@@ -1,6 +1,5 @@
 """Modules that take the place of a block's linears and norms. Letters: B batch, T tokens, D channels, O outputs."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -91,26 +90,9 @@ class SiteLinear(nn.Module):
         self.shard: tuple[int, Tensor] | None = None
         """Number under which several processes hold the weight together, and the token (`sharded_product`)."""
 
-        self.joins_swiglu = False
-        """`StepWays.joined_swiglu`."""
         self.code_site: tuple[Site] | None = None
         """Where the input was quantized, if the product is to be made of codes (`StepWays.code_products`). In a tuple,
         for it is no part of this module."""
-
-    def of_swiglu(self, gate_BTD: Tensor, up_BTD: Tensor) -> Tensor:
-        """Return what the forward makes of silu(gate) * up.
-
-        With `joins_swiglu` a compiled or a sharded training step takes fewer passes; otherwise it goes through the
-        forward, where those who look at a linear's input find it.
-        """
-        training = self.weight_on_grid is not None or self.shard is not None
-        joins = self.joins_swiglu and training and self.hadamard and self.hadamard_block is None
-        if joins and self.site is not None and self.site.is_static_tensor:
-            quantizer: Any = self.site.quantizer
-            scale, (low, high) = quantizer.scale.view(()), quantizer.code_range  # DeepSpeed makes [1] of a scalar
-            return self._product(hadamard_fake_quantize(gate_BTD, scale, low, high, up_BTD))
-        product: Tensor = self(F.silu(gate_BTD) * up_BTD)
-        return product
 
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
@@ -124,9 +106,7 @@ class SiteLinear(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the product with the weight, [B, T, O]."""
-        return self._product(self.prepare(x_BTD))
-
-    def _product(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.prepare(x_BTD)
         if self.shard is not None:
             number, token = self.shard
             return sharded_product(x_BTD, self.bias, token, number, self.out_features)
@@ -148,24 +128,6 @@ class SiteLinear(nn.Module):
         weight: Any = self.weight_quantizer
         spec = weight.spec
         return max(x.spec.bits, spec.bits) <= LARGEST_BITS and spec.symmetric and spec.granularity == "channel"
-
-
-class GatedMLP(nn.Module):
-    """A SwiGLU MLP (arXiv:2002.05202, equation 6) whose last linear is given gate and up apart."""
-
-    def __init__(self, linears: Mapping[str, SiteLinear]) -> None:
-        """Take the place of transformers' module: `linears` are gate, up and down by their names in it."""
-        super().__init__()
-        for name, linear in linears.items():
-            self.add_module(name, linear)
-        self._gate, self._up, self._down = linears
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return down(silu(gate(x)) * up(x))."""
-        gate, up = self.get_submodule(self._gate), self.get_submodule(self._up)
-        down: Any = self.get_submodule(self._down)
-        output: Tensor = down.of_swiglu(gate(x_BTD), up(x_BTD))
-        return output
 
 
 class KeySiteBeforeRope(nn.Module):

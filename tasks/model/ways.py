@@ -20,10 +20,6 @@ class StepWays:
     """Ways of one block's training step. The defaults are what has been measured to be fastest so far
     (`tasks.bench_training --variants` measures)."""
 
-    joined_swiglu: bool = False
-    """SwiGLU, Hadamard transform and fake quantization of down_proj's input in one kernel, in compiled and in sharded
-    steps."""
-
     attention: Literal["lower_right", "padded", "cudnn"] = "lower_right"
     """Behind a prefix of P tokens: as T queries over P + T keys, with a mask aligned to the last of both, or, padded,
     with P queries more in front, so that the plain causal mask is right. cudnn: padded, by cuDNN where it can."""

@@ -20,11 +20,10 @@ from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.train_block import BlockLoss
 
 WAYS = {
-    "swiglu": StepWays(joined_swiglu=True),
     "padded": StepWays(attention="padded"),
     "cudnn": StepWays(attention="cudnn"),
     "code-products": StepWays(code_products=True),
-    "all": StepWays(joined_swiglu=True, attention="cudnn", code_products=True),
+    "all": StepWays(attention="cudnn", code_products=True),
 }
 
 
@@ -115,14 +114,13 @@ def test_a_step_under_autocast_is_in_no_way_further_from_the_step_in_float32():
 
 def test_a_step_that_is_not_compiled_goes_through_the_forward_of_every_linear():
     plain, wanted = step(StepWays(), 3, "fp32", compiled=False)
-    mine, found = step(StepWays(joined_swiglu=True, code_products=True), 3, "fp32", compiled=False)
+    mine, found = step(StepWays(code_products=True), 3, "fp32", compiled=False)
     assert torch.equal(mine, plain)
     assert all(torch.equal(found[each], value) for each, value in wanted.items())
 
 
 def test_the_defaults_are_what_has_been_measured():
     assert {each.name: each.default for each in fields(StepWays)} == {
-        "joined_swiglu": False,
         "attention": "lower_right",
         "code_products": False,
     }
