@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from prefixquant.kernels.hadamard import hadamard_fake_quantize, hadamard_transform
-from prefixquant.tasks.model.code_product import LARGEST_BITS, code_product
-from prefixquant.tasks.model.quantizer import SiteQuantizer
+from prefixquant.tasks.model.code_product import LARGEST_BITS, code_product, fits_fp8
+from prefixquant.tasks.model.quantizer import SiteQuantizer, product_dtype
 from prefixquant.tasks.model.sharded_product import sharded_product
 
 ATTENTION = "prefixquant"
@@ -121,13 +121,14 @@ class SiteLinear(nn.Module):
 
     @property
     def multiplies_codes(self) -> bool:
-        """Whether the product is to be made of codes, and can be."""
+        """Whether the product is to be made of codes, and can be, under the present autocast."""
         if self.code_site is None or self.weight_quantizer is None or not self.code_site[0].is_static_tensor:
             return False
         x: Any = self.code_site[0].quantizer
         weight: Any = self.weight_quantizer
         spec = weight.spec
-        return max(x.spec.bits, spec.bits) <= LARGEST_BITS and spec.symmetric and spec.granularity == "channel"
+        on_grids = max(x.spec.bits, spec.bits) <= LARGEST_BITS and spec.symmetric and spec.granularity == "channel"
+        return on_grids and fits_fp8(self.weight, product_dtype(self.weight))
 
 
 class KeySiteBeforeRope(nn.Module):
@@ -161,20 +162,19 @@ def attention(
     if attention_mask is not None or num_queries in (1, num_keys):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast the prefix came in float32
-    function = _causal_padded if getattr(module, "pads_queries", False) else _causal_lower_right
+    padded = torch.is_grad_enabled() and getattr(module, "pads_queries", False)
+    function = _causal_padded if padded else _causal_lower_right
     output = function(query, key, value, kwargs.get("scaling"))
     return output.transpose(1, 2).contiguous(), None
 
 
 def _causal_lower_right(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Return attention in which the last query sees every key, the one before it all but the last, and so on."""
-    if query.is_cuda and query.dtype != torch.float32 and query.shape[3] in range(8, 257, 8) and _has_flash():
+    if _suits_flash(query):
         # What sdpa with a lower-right bias calls, but grouped heads stay grouped and torch.compile sees no subclass.
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, 0.0, True, return_debug_mask=False, scale=scale)[0]
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = _ungrouped(query, key, value)
     num_queries, num_keys = query.shape[2], key.shape[2]
     bias: Any
     if query.is_cuda:
@@ -188,9 +188,23 @@ def _causal_padded(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
     """Return the same by the plain causal mask: with queries in front, one for each key more, that nobody looks at."""
     more = key.shape[2] - query.shape[2]
     padded = F.pad(query.transpose(1, 2), (0, 0, 0, 0, more, 0)).transpose(1, 2)  # as it lies, behind a linear
+    if not _suits_flash(query):  # other kernels take no grouped heads
+        key, value = _ungrouped(query, key, value)
     grouped = key.shape[1] < query.shape[1]
     output = F.scaled_dot_product_attention(padded, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
     return output[:, :, more:]
+
+
+def _ungrouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def _suits_flash(query: Tensor) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[3] in range(8, 257, 8) and _has_flash()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
