@@ -20,6 +20,11 @@ def uses_triton(x: Tensor) -> bool:
     return x.is_cuda and not _REFERENCES.get() and _has_triton()
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Return whether a device multiplies in fp8: a GPU of compute capability 8.9 or more."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @contextmanager
 def references() -> Iterator[None]:
     """Have operators run their PyTorch references on every device, to check the kernels against them.

@@ -141,10 +141,6 @@ class BlockLoss(nn.Module):
 
     def forward(self, input_BTD: Tensor, *targets_BTD: Tensor) -> Tensor:
         """Return the loss, averaged over the targets: a float32 scalar."""
-        with self.block.ways.preferred():
-            return self._forward(input_BTD, *targets_BTD)
-
-    def _forward(self, input_BTD: Tensor, *targets_BTD: Tensor) -> Tensor:
         if self._compiled is None or not torch.is_grad_enabled():  # validation, in other batches, compiles nothing
             return self._loss(input_BTD, *targets_BTD)
         with self.block.weights_on_grid():

@@ -1,7 +1,7 @@
 """Times the training kernels on one GPU: `python -m prefixquant.kernels.hadamard.bench_train`.
 
-For every row size, alone and behind a SwiGLU, forward and backward with several columns at a time and numbers of warps;
-the launch that is used is marked. A launch whose result is not that of PyTorch is not timed. GB/s are of what must be
+For every row size, forward and backward with several columns at a time and numbers of warps; the launch that is used is
+marked. A launch whose result is not that of PyTorch is not timed. GB/s are of what must be
 read and written.
 """
 
@@ -10,7 +10,6 @@ from functools import partial
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]  # has no types
 from torch import Tensor
 
@@ -26,7 +25,7 @@ LOW, HIGH = -8, 7
 TOLERANCE = 0.02
 """Norm of the difference over the norm: bfloat16 between the axes, and values on the border of two codes."""
 
-Results = tuple[Tensor | None, ...]
+Results = tuple[Tensor, ...]
 
 
 def main() -> None:
@@ -38,20 +37,17 @@ def main() -> None:
         if not name.startswith("down_proj"):
             continue
         generator = torch.Generator("cuda").manual_seed(0)
-        x, up, grad = (torch.randn(shape, device="cuda", generator=generator).bfloat16() for _ in range(3))
+        x, grad = (torch.randn(shape, device="cuda", generator=generator).bfloat16() for _ in range(2))
         scale = torch.tensor(0.4, device="cuda")
-        for swiglu in (False, True):
-            print(f"{name}{' behind a SwiGLU' if swiglu else ''}")
-            second = up if swiglu else None
-            transformed = forward_triton(x, scale, LOW, HIGH, second)[1]
-            forward = partial(forward_triton, x, scale, LOW, HIGH, second)
-            backward = partial(backward_triton, grad, transformed, scale, LOW, HIGH, x if swiglu else None, second)
-            _time("forward", forward, _forward(x, second, scale), swiglu, x, 4 if swiglu else 3)
-            _time("backward", backward, _backward(grad, transformed, x, second, scale), swiglu, x, 6 if swiglu else 3)
+        print(name)
+        transformed = forward_triton(x, scale, LOW, HIGH)[1]
+        _time("forward", partial(forward_triton, x, scale, LOW, HIGH), _forward(x, scale), x)
+        backward = partial(backward_triton, grad, transformed, scale, LOW, HIGH)
+        _time("backward", backward, _backward(grad, transformed, scale), x)
 
 
-def _time(what: str, call: Callable[..., Results], wanted: Results, swiglu: bool, x: Tensor, passes: int) -> None:
-    used = launch_sizes(x.shape[1], swiglu=swiglu)
+def _time(what: str, call: Callable[..., Results], wanted: Results, x: Tensor) -> None:
+    used = launch_sizes(x.shape[1])
     for columns, warps in product((32, 64, 128, 256), (4, 8, 16)):
         if columns > padded(x.shape[1])[1]:
             continue
@@ -62,26 +58,21 @@ def _time(what: str, call: Callable[..., Results], wanted: Results, swiglu: bool
             print(f"{line}: off by {apart:.2g}; not timed")
             continue
         ms = median_ms(partial(call, sizes=sizes), rounds=30, warmup=5)
-        print(f"{line}: {ms:.3f} ms, {passes * x.nbytes / ms / 1e6:.0f} GB/s{' (used)' if sizes == used else ''}")
+        print(f"{line}: {ms:.3f} ms, {3 * x.nbytes / ms / 1e6:.0f} GB/s{' (used)' if sizes == used else ''}")
 
 
-def _distance(mine: Tensor | None, wanted: Tensor | None) -> float:
-    if mine is None or wanted is None:
-        return 0.0 if mine is wanted else float("inf")
+def _distance(mine: Tensor, wanted: Tensor) -> float:
     return float((mine.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-def _forward(x: Tensor, up: Tensor | None, scale: Tensor) -> Results:
-    transformed = hadamard_transform_reference(x if up is None else F.silu(x) * up)
+def _forward(x: Tensor, scale: Tensor) -> Results:
+    transformed = hadamard_transform_reference(x)
     return forward_reference(transformed, scale, None, LOW, HIGH, x.dtype), transformed
 
 
-def _backward(grad: Tensor, transformed: Tensor, x: Tensor, up: Tensor | None, scale: Tensor) -> Results:
+def _backward(grad: Tensor, transformed: Tensor, scale: Tensor) -> Results:
     found, dscale, _ = backward_reference(grad, transformed, scale, None, LOW, HIGH)
-    dx = hadamard_transform_reference(found, transposed=True)
-    if up is None:
-        return dx, None, dscale
-    return torch.ops.aten.silu_backward(dx * up, x), dx * F.silu(x), dscale
+    return hadamard_transform_reference(found, transposed=True), dscale
 
 
 if __name__ == "__main__":

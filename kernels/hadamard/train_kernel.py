@@ -1,4 +1,4 @@
-"""Hadamard transform and fake quantization of a row in one program, perhaps behind a SwiGLU, forward and backward.
+"""Hadamard transform and fake quantization of a row in one program, forward and backward.
 
 A row of n = A B values is a matrix [A, B], as in `kernel.py`; one scale for all rows. A program makes BC of the B
 columns at a time, which keeps what it does with them in registers.
@@ -20,11 +20,6 @@ from prefixquant.kernels.hadamard.reference import hadamard_matrix
 
 
 @triton.jit
-def _sigmoid(x):
-    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
-
-
-@triton.jit
 def _transform(b_x, first, last, o_a, o_b, o_c, A: tl.constexpr, B: tl.constexpr):
     """Return the columns o_c of the transform of [A, B]."""
     m_last = (o_b < B)[:, None] & (o_c < B)[None, :]
@@ -38,13 +33,11 @@ def _transform(b_x, first, last, o_a, o_b, o_c, A: tl.constexpr, B: tl.constexpr
 @triton.jit
 def _hadamard_forward_kernel(
     x,
-    up,
     first,
     last,
     scale,
     transformed,
     y,
-    SWIGLU: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     BA: tl.constexpr,
@@ -59,10 +52,6 @@ def _hadamard_forward_kernel(
     o = o_a[:, None] * B + o_b[None, :]
     start = i * A * B
     b_x = tl.load(x + start + o, mask=m, other=0.0)
-    if SWIGLU:  # every step rounded to the type of x, as it would be on its own
-        gate = b_x.to(tl.float32)
-        b_x = (gate * _sigmoid(gate)).to(b_x.dtype)
-        b_x = (b_x.to(tl.float32) * tl.load(up + start + o, mask=m, other=0.0).to(tl.float32)).to(b_x.dtype)
     b_s = tl.load(scale)
     for c in range(0, BB, BC):
         o_c = c + tl.arange(0, BC)
@@ -78,15 +67,11 @@ def _hadamard_forward_kernel(
 def _hadamard_backward_kernel(
     grad,
     transformed,
-    x,
-    up,
     first,
     last,
     scale,
     dx,
-    dup,
     dscale,
-    SWIGLU: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     BA: tl.constexpr,
@@ -111,15 +96,7 @@ def _hadamard_backward_kernel(
         o_c = c + tl.arange(0, BC)
         m_c = (o_a < A)[:, None] & (o_c < B)[None, :]
         o_d = o_a[:, None] * B + o_c[None, :]
-        b_d = _transform(b_g, first, last, o_a, o_b, o_c, A, B)
-        if SWIGLU:
-            gate = tl.load(x + start + o_d, mask=m_c, other=0.0).to(tl.float32)
-            sigmoid = _sigmoid(gate)
-            silu = (gate * sigmoid).to(b_d.dtype).to(tl.float32)
-            tl.store(dup + start + o_d, (b_d.to(tl.float32) * silu).to(b_d.dtype), mask=m_c)
-            b_d = (b_d.to(tl.float32) * tl.load(up + start + o_d, mask=m_c, other=0.0).to(tl.float32)).to(b_d.dtype)
-            b_d = (b_d.to(tl.float32) * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(b_d.dtype)
-        tl.store(dx + start + o_d, b_d, mask=m_c)
+        tl.store(dx + start + o_d, _transform(b_g, first, last, o_a, o_b, o_c, A, B), mask=m_c)
 
 
 def takes(x: Tensor) -> bool:
@@ -129,24 +106,16 @@ def takes(x: Tensor) -> bool:
 
 
 def forward_triton(
-    x_RN: Tensor,
-    scale: Tensor,
-    low: int,
-    high: int,
-    up_RN: Tensor | None = None,
-    sizes: Mapping[str, int | bool] | None = None,
+    x_RN: Tensor, scale: Tensor, low: int, high: int, sizes: Mapping[str, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the transform of contiguous rows (of silu(x) * up) on the grid of a float32 scale, and the transform.
+    """Return the transform of contiguous rows on the grid of a float32 scale, and the transform itself.
 
     `sizes`: of the launch, others than those of `launch_sizes`.
     """
     transformed, y = torch.empty_like(x_RN), torch.empty_like(x_RN)
-    sizes = sizes or launch_sizes(x_RN.shape[1], swiglu=up_RN is not None)
+    sizes = sizes or launch_sizes(x_RN.shape[1])
     matrices = _matrices(x_RN, transposed=False)
-    _hadamard_forward_kernel[(len(x_RN),)](
-        x_RN, x_RN if up_RN is None else up_RN, *matrices, scale, transformed, y,
-        LOW=low, HIGH=high, **sizes,
-    )  # fmt: skip
+    _hadamard_forward_kernel[(len(x_RN),)](x_RN, *matrices, scale, transformed, y, LOW=low, HIGH=high, **sizes)
     return y, transformed
 
 
@@ -156,35 +125,29 @@ def backward_triton(
     scale: Tensor,
     low: int,
     high: int,
-    x_RN: Tensor | None = None,
-    up_RN: Tensor | None = None,
-    sizes: Mapping[str, int | bool] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the gradients for x, up (None without one; x is needed with it alone) and the scale.
+    sizes: Mapping[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients for x and the scale.
 
     `sizes`: as in `forward_triton`.
     """
     dx = torch.empty_like(transformed_RN)
-    dup = None if up_RN is None else torch.empty_like(transformed_RN)
     dscale = torch.empty(len(dx), dtype=torch.float32, device=dx.device)
-    sizes = sizes or launch_sizes(dx.shape[1], swiglu=up_RN is not None)
+    sizes = sizes or launch_sizes(dx.shape[1])
     matrices = _matrices(dx, transposed=True)
     _hadamard_backward_kernel[(len(dx),)](
-        grad_RN, transformed_RN, dx if x_RN is None else x_RN, dx if up_RN is None else up_RN,
-        *matrices, scale, dx, dx if dup is None else dup, dscale,
-        LOW=low, HIGH=high, **sizes,
-    )  # fmt: skip
-    return dx, dup, dscale.sum()
+        grad_RN, transformed_RN, *matrices, scale, dx, dscale, LOW=low, HIGH=high, **sizes
+    )
+    return dx, dscale.sum()
 
 
-def launch_sizes(n: int, *, swiglu: bool) -> dict[str, int | bool]:
+def launch_sizes(n: int) -> dict[str, int]:
     """Return the constants of a launch on rows of n values, and its number of warps and stages."""
     axes = kernel_axes(n)
     block_a, block_b = padded(n)
-    sizes = {"A": math.prod(axes[0]), "B": math.prod(axes[1]), "BA": block_a, "BB": block_b, "SWIGLU": swiglu}
-    # What a program makes at a time fits its registers, beside its row: a row of 28,672 values leaves little room.
-    columns = 128 if not swiglu else 64 if block_a * block_b <= 128 * 128 else 32
-    return sizes | {"BC": min(columns, block_b), "num_warps": 8 if block_a * block_b >= 8192 else 4, "num_stages": 1}
+    sizes = {"A": math.prod(axes[0]), "B": math.prod(axes[1]), "BA": block_a, "BB": block_b}
+    # What a program makes at a time fits its registers, beside its row.
+    return sizes | {"BC": min(128, block_b), "num_warps": 8 if block_a * block_b >= 8192 else 4, "num_stages": 1}
 
 
 def _matrices(x_RN: Tensor, *, transposed: bool) -> list[Tensor]:

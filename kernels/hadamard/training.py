@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -67,7 +66,7 @@ def _transform_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 _hadamard_transform.register_autograd(_transform_back, setup_context=_remember_transposed)
 
 
-def hadamard_fake_quantize(x: Tensor, scale: Tensor, low: int, high: int, up: Tensor | None = None) -> Tensor:
+def hadamard_fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """Return `fake_quantize(hadamard_transform(x), scale, None, low, high)` with its gradients, in fewer passes.
 
     Args:
@@ -75,19 +74,15 @@ def hadamard_fake_quantize(x: Tensor, scale: Tensor, low: int, high: int, up: Te
         scale: a positive scalar.
         low: smallest code.
         high: largest code.
-        up: of x's shape and type; x then is the gate of a SwiGLU, and silu(x) * up is transformed.
 
     Raises:
-        KernelInputError: types or shapes do not fit, or the last axis has no known Hadamard matrix.
+        KernelInputError: x is not floating point, its last axis has no known Hadamard matrix, or scale is no scalar.
     """
     if not x.is_floating_point() or scale.shape != ():
         raise KernelInputError(
             f"hadamard_fake_quantize needs floating-point x and a scalar scale, got {x.dtype} and {tuple(scale.shape)}"
         )
-    if up is not None and (up.shape != x.shape or up.dtype != x.dtype):
-        raise KernelInputError(f"up must be like x, {tuple(x.shape)} {x.dtype}, got {tuple(up.shape)} {up.dtype}")
-    up = None if up is None else _as_product_reads(up)
-    result: Tensor = _hadamard_fake_quantize(_as_product_reads(x), scale, low, high, up)[0]
+    result: Tensor = _hadamard_fake_quantize(_as_product_reads(x), scale, low, high)[0]
     return result
 
 
@@ -100,51 +95,41 @@ def _as_product_reads(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("prefixquant::hadamard_fake_quantize", mutates_args=())
-def _hadamard_fake_quantize(x: Tensor, scale: Tensor, low: int, high: int, up: Tensor | None) -> tuple[Tensor, Tensor]:
+def _hadamard_fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Return the result, and the transform, which the backward needs."""
     if not _takes_training_kernel(x):
-        transformed = _hadamard_transform((x if up is None else F.silu(x) * up).contiguous(), False)
+        transformed = _hadamard_transform(x.contiguous(), False)
         return fake_quantize(transformed, scale, None, low, high), transformed
     from .train_kernel import forward_triton
 
     with torch.cuda.device(x.device):
-        y, transformed = forward_triton(_as_rows(x), scale.float(), low, high, None if up is None else _as_rows(up))
+        y, transformed = forward_triton(_as_rows(x), scale.float(), low, high)
     return y.view(x.shape), transformed.view(x.shape)
 
 
 @_hadamard_fake_quantize.register_fake
-def _(x: Tensor, scale: Tensor, low: int, high: int, up: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @torch.library.custom_op("prefixquant::hadamard_fake_quantize_backward", mutates_args=())
 def _hadamard_fake_quantize_backward(
-    grad: Tensor, transformed: Tensor, scale: Tensor, low: int, high: int, x: Tensor | None, up: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients for x, up (empty if there is none) and scale."""
+    grad: Tensor, transformed: Tensor, scale: Tensor, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients for x and scale."""
     if not _takes_training_kernel(transformed):
         dtransformed, dscale = fake_quantize_gradients(grad, transformed, scale, low, high)
-        dx = _hadamard_transform(dtransformed, True)
-        if x is None or up is None:
-            return dx, dx.new_empty(0), dscale
-        return torch.ops.aten.silu_backward(dx * up, x).contiguous(), (dx * F.silu(x)).contiguous(), dscale
+        return _hadamard_transform(dtransformed, True), dscale
     from .train_kernel import backward_triton
 
-    gate, second = (None if each is None else _as_rows(each) for each in (x, up))
     with torch.cuda.device(grad.device):
-        found, dup, dscale = backward_triton(
-            _as_rows(grad), _as_rows(transformed), scale.float(), low, high, gate, second
-        )
-    shape = transformed.shape
-    return found.view(shape), found.new_empty(0) if dup is None else dup.view(shape), dscale.to(scale.dtype)
+        dx, dscale = backward_triton(_as_rows(grad), _as_rows(transformed), scale.float(), low, high)
+    return dx.view(transformed.shape), dscale.to(scale.dtype)
 
 
 @_hadamard_fake_quantize_backward.register_fake
-def _(
-    grad: Tensor, transformed: Tensor, scale: Tensor, low: int, high: int, x: Tensor | None, up: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = transformed.new_empty(transformed.shape)
-    return dx, transformed.new_empty((0,) if up is None else transformed.shape), scale.new_empty(())
+def _(grad: Tensor, transformed: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    return transformed.new_empty(transformed.shape), scale.new_empty(())
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -152,16 +137,16 @@ def _as_rows(x: Tensor) -> Tensor:
 
 
 def _remember_transform(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, scale, ctx.low, ctx.high, up = inputs
+    _, scale, ctx.low, ctx.high = inputs
     ctx.set_materialize_grads(False)  # no zeros for the transform, which is nobody's result
-    ctx.save_for_backward(output[1], scale, None if up is None else x, up)
+    ctx.save_for_backward(output[1], scale)
 
 
 @once_differentiable
-def _quantize_back(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    transformed, scale, x, up = ctx.saved_tensors
-    dx, dup, dscale = _hadamard_fake_quantize_backward(grad, transformed, scale, ctx.low, ctx.high, x, up)
-    return dx, dscale, None, None, None if up is None else dup
+def _quantize_back(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+    transformed, scale = ctx.saved_tensors
+    dx, dscale = _hadamard_fake_quantize_backward(grad, transformed, scale, ctx.low, ctx.high)
+    return dx, dscale, None, None
 
 
 _hadamard_fake_quantize.register_autograd(_quantize_back, setup_context=_remember_transform)

@@ -99,14 +99,12 @@ class Block(nn.Module):
     def take_ways(self, ways: StepWays) -> None:
         """Compute training steps in these ways from now on."""
         family, attention = self.family, cast(Any, self.attention)
-        attention.pads_queries = ways.attention != "lower_right"
+        attention.pads_queries = ways.attention == "padded"
         sources = {family.q: ATTENTION_INPUT, family.k: ATTENTION_INPUT, family.v: ATTENTION_INPUT}
         sources |= {family.o: O_INPUT, family.gate: MLP_INPUT, family.up: MLP_INPUT, family.down: DOWN_INPUT}
         sites = self.sites
         for role, site in sources.items():
             self.linear(role).code_site = (sites[site],) if ways.code_products else None
-        self.linear(family.down).joins_swiglu = ways.joined_swiglu
-        self.ways = ways
 
     @property
     def attention(self) -> nn.Module:

@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefixquant.kernels.dispatch import has_fp8, uses_triton
 from prefixquant.kernels.gemm import quantized_linear
 
 LARGEST_BITS = 4
+
+
+def fits_fp8(weight_OI: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the product with this weight, in this type, is one of those that were measured to be faster in
+    fp8: in bfloat16, on a GPU that has fp8, both sizes multiples of 16, as the vendor's kernels need them."""
+    sizes_fit = all(size % 16 == 0 for size in weight_OI.shape)
+    return dtype == torch.bfloat16 and sizes_fit and uses_triton(weight_OI) and has_fp8(weight_OI.device)
 
 
 def code_product(x: Tensor, weight_OI: Tensor, codes_OI: Tensor, x_scale: Tensor, weight_scale: Tensor) -> Tensor:

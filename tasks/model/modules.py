@@ -1,6 +1,5 @@
 """Modules that take the place of a block's linears and norms. Letters: B batch, T tokens, D channels, O outputs."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from prefixquant.kernels.hadamard import hadamard_fake_quantize, hadamard_transform
-from prefixquant.tasks.model.code_product import LARGEST_BITS, code_product
-from prefixquant.tasks.model.quantizer import SiteQuantizer
+from prefixquant.tasks.model.code_product import LARGEST_BITS, code_product, fits_fp8
+from prefixquant.tasks.model.quantizer import SiteQuantizer, product_dtype
 from prefixquant.tasks.model.sharded_product import sharded_product
 
 ATTENTION = "prefixquant"
@@ -91,26 +90,9 @@ class SiteLinear(nn.Module):
         self.shard: tuple[int, Tensor] | None = None
         """Number under which several processes hold the weight together, and the token (`sharded_product`)."""
 
-        self.joins_swiglu = False
-        """`StepWays.joined_swiglu`."""
         self.code_site: tuple[Site] | None = None
         """Where the input was quantized, if the product is to be made of codes (`StepWays.code_products`). In a tuple,
         for it is no part of this module."""
-
-    def of_swiglu(self, gate_BTD: Tensor, up_BTD: Tensor) -> Tensor:
-        """Return what the forward makes of silu(gate) * up.
-
-        With `joins_swiglu` a compiled or a sharded training step takes fewer passes; otherwise it goes through the
-        forward, where those who look at a linear's input find it.
-        """
-        training = self.weight_on_grid is not None or self.shard is not None
-        joins = self.joins_swiglu and training and self.hadamard and self.hadamard_block is None
-        if joins and self.site is not None and self.site.is_static_tensor:
-            quantizer: Any = self.site.quantizer
-            scale, (low, high) = quantizer.scale.view(()), quantizer.code_range  # DeepSpeed makes [1] of a scalar
-            return self._product(hadamard_fake_quantize(gate_BTD, scale, low, high, up_BTD))
-        product: Tensor = self(F.silu(gate_BTD) * up_BTD)
-        return product
 
     def prepare(self, x_BTD: Tensor) -> Tensor:
         """Return what the product sees: the input after the online transform and the site."""
@@ -124,9 +106,7 @@ class SiteLinear(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the product with the weight, [B, T, O]."""
-        return self._product(self.prepare(x_BTD))
-
-    def _product(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.prepare(x_BTD)
         if self.shard is not None:
             number, token = self.shard
             return sharded_product(x_BTD, self.bias, token, number, self.out_features)
@@ -141,31 +121,14 @@ class SiteLinear(nn.Module):
 
     @property
     def multiplies_codes(self) -> bool:
-        """Whether the product is to be made of codes, and can be."""
+        """Whether the product is to be made of codes, and can be, under the present autocast."""
         if self.code_site is None or self.weight_quantizer is None or not self.code_site[0].is_static_tensor:
             return False
         x: Any = self.code_site[0].quantizer
         weight: Any = self.weight_quantizer
         spec = weight.spec
-        return max(x.spec.bits, spec.bits) <= LARGEST_BITS and spec.symmetric and spec.granularity == "channel"
-
-
-class GatedMLP(nn.Module):
-    """A SwiGLU MLP (arXiv:2002.05202, equation 6) whose last linear is given gate and up apart."""
-
-    def __init__(self, linears: Mapping[str, SiteLinear]) -> None:
-        """Take the place of transformers' module: `linears` are gate, up and down by their names in it."""
-        super().__init__()
-        for name, linear in linears.items():
-            self.add_module(name, linear)
-        self._gate, self._up, self._down = linears
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return down(silu(gate(x)) * up(x))."""
-        gate, up = self.get_submodule(self._gate), self.get_submodule(self._up)
-        down: Any = self.get_submodule(self._down)
-        output: Tensor = down.of_swiglu(gate(x_BTD), up(x_BTD))
-        return output
+        on_grids = max(x.spec.bits, spec.bits) <= LARGEST_BITS and spec.symmetric and spec.granularity == "channel"
+        return on_grids and fits_fp8(self.weight, product_dtype(self.weight))
 
 
 class KeySiteBeforeRope(nn.Module):
@@ -199,20 +162,19 @@ def attention(
     if attention_mask is not None or num_queries in (1, num_keys):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast the prefix came in float32
-    function = _causal_padded if getattr(module, "pads_queries", False) else _causal_lower_right
+    padded = torch.is_grad_enabled() and getattr(module, "pads_queries", False)
+    function = _causal_padded if padded else _causal_lower_right
     output = function(query, key, value, kwargs.get("scaling"))
     return output.transpose(1, 2).contiguous(), None
 
 
 def _causal_lower_right(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Return attention in which the last query sees every key, the one before it all but the last, and so on."""
-    if query.is_cuda and query.dtype != torch.float32 and query.shape[3] in range(8, 257, 8) and _has_flash():
+    if _suits_flash(query):
         # What sdpa with a lower-right bias calls, but grouped heads stay grouped and torch.compile sees no subclass.
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, 0.0, True, return_debug_mask=False, scale=scale)[0]
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = _ungrouped(query, key, value)
     num_queries, num_keys = query.shape[2], key.shape[2]
     bias: Any
     if query.is_cuda:
@@ -226,9 +188,23 @@ def _causal_padded(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
     """Return the same by the plain causal mask: with queries in front, one for each key more, that nobody looks at."""
     more = key.shape[2] - query.shape[2]
     padded = F.pad(query.transpose(1, 2), (0, 0, 0, 0, more, 0)).transpose(1, 2)  # as it lies, behind a linear
+    if not _suits_flash(query):  # other kernels take no grouped heads
+        key, value = _ungrouped(query, key, value)
     grouped = key.shape[1] < query.shape[1]
     output = F.scaled_dot_product_attention(padded, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
     return output[:, :, more:]
+
+
+def _ungrouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def _suits_flash(query: Tensor) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[3] in range(8, 257, 8) and _has_flash()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from prefixquant.tasks.model.families import ModelFamily
-from prefixquant.tasks.model.modules import GatedMLP, KeySiteBeforeRope, Site, SiteLinear, SiteNorm
+from prefixquant.tasks.model.modules import KeySiteBeforeRope, Site, SiteLinear, SiteNorm
 from prefixquant.tasks.model.quantizer import SiteQuantizer
 from prefixquant.tasks.model.spec import ActivationSpec, KeyValueSpec, QuantizeConfig
 
@@ -62,12 +62,6 @@ def install_sites(
         hadamard = transforms.r4 and name == family.down
         linear = SiteLinear(old.weight.data, bias, site=site, hadamard=hadamard, hadamard_block=transforms.r4_block)
         layer.set_submodule(name, linear)
-
-    if config.hidden_act == "silu":
-        parent, _, _ = family.down.rpartition(".")
-        roles = (family.gate, family.up, family.down)
-        linears: dict[str, Any] = {name.rpartition(".")[2]: layer.get_submodule(name) for name in roles}
-        layer.set_submodule(parent, GatedMLP(linears))
 
     attention: Any = layer.get_submodule(family.attention)
     heads, head_dim = config.num_key_value_heads, head_size(config)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
+from prefixquant.kernels.dispatch import has_fp8
 from prefixquant.kernels.gemm import FEW_ROWS
 from prefixquant.kernels.int4 import pack_int4
 from prefixquant.tasks.errors import ConfigError
@@ -38,7 +39,7 @@ class Builder:
         self.family = find_family(self.config.model_type)
         _check(self.quantize, self.config)
         activations = self.quantize.activations
-        fp8 = activations is not None and activations.bits <= 4 and _has_fp8(device)
+        fp8 = activations is not None and activations.bits <= 4 and has_fp8(device)
         self.wide = fp8 and fast_prompts
         self.fp8_rows = (FEW_ROWS if self.wide else PACKED_FEW_ROWS) + 1 if fp8 else None
 
@@ -149,10 +150,6 @@ def _check(quantize: QuantizeConfig, config: Any) -> None:
 
 def _window(config: Any) -> bool:
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-
-
-def _has_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _no_attention(*args: Any, **kwargs: Any) -> Any:

@@ -155,7 +155,7 @@ def compiled(member):
     torch.set_num_threads(1)
     torch._dynamo.reset()
     with process_group(member, tiny.CPU):
-        ways = StepWays(joined_swiglu=True, attention="padded")
+        ways = StepWays(attention="lower_right")
         return scenario(ShardedRanks(), "channel", backend="aot_eager", ways=ways).history
 
 

@@ -10,22 +10,27 @@ from torch import nn
 
 from prefixquant.kernels.fake_quantize import fake_quantize, fake_quantize_with_codes
 from prefixquant.tasks.losses import mse
-from prefixquant.tasks.model.code_product import code_product
+from prefixquant.tasks.model import code_product, modules
 from prefixquant.tasks.model.modules import attention
 from prefixquant.tasks.model.quantizer import round_to_nearest
-from prefixquant.tasks.model.spec import QuantizeConfig
+from prefixquant.tasks.model.spec import ActivationSpec, QuantizeConfig, WeightSpec
 from prefixquant.tasks.model.trainable import make_trainable
 from prefixquant.tasks.model.ways import StepWays
 from prefixquant.tasks.rotate import RotateConfig
 from prefixquant.tasks.train_block import BlockLoss
 
+OLDER = StepWays(attention="lower_right", code_products=False)
 WAYS = {
-    "swiglu": StepWays(joined_swiglu=True),
-    "padded": StepWays(attention="padded"),
-    "cudnn": StepWays(attention="cudnn"),
-    "code-products": StepWays(code_products=True),
-    "all": StepWays(joined_swiglu=True, attention="cudnn", code_products=True),
+    "padded": StepWays(code_products=False),
+    "code-products": StepWays(attention="lower_right"),
+    "default": StepWays(),
 }
+
+
+@pytest.fixture
+def with_codes(monkeypatch):
+    """Products of codes on the CPU as well, and in every type."""
+    monkeypatch.setattr(modules, "fits_fp8", lambda weight, dtype: True)
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -56,7 +61,7 @@ def test_a_product_of_codes_is_the_exact_product_of_the_grids_rounded_once():
     weight, codes = fake_quantize_with_codes(random(24, 64, seed=1, dtype=torch.float32), scale, -8, 7)
     wanted = x.double() @ weight.double().T
     rounded = [each.bfloat16().requires_grad_() for each in (x, weight)]
-    y = code_product(*rounded, codes, x_scale, scale)
+    y = code_product.code_product(*rounded, codes, x_scale, scale)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=1e-6)  # F.linear starts from rounded factors
     grad = random(*y.shape, seed=3).bfloat16()
@@ -66,17 +71,26 @@ def test_a_product_of_codes_is_the_exact_product_of_the_grids_rounded_once():
         torch.testing.assert_close(mine, theirs)
 
 
-def step(ways, prefix_tokens, precision, compiled=True):
-    """Return the loss and every gradient of a tiny block's step; compiled: as traced, without generated code."""
-    quantize = QuantizeConfig()
+def trainable_block(quantize=QuantizeConfig()):  # noqa: B008 - frozen
     block = tiny.build_blocks(tiny.tiny_variant("llama"), RotateConfig(), quantize)[0]
     for site in block.sites.values():
-        site.quantizer.scale.fill_(0.4)
+        if site.quantizer is not None and site.quantizer.spec.mode == "static":
+            site.quantizer.scale.fill_(0.4)
     weights = {role: block.linear(role).weight.data.clone() for role in block.family.linears}
-    grids = {role: round_to_nearest(weight, quantize.weights, 0.7) for role, weight in weights.items()}
+    grids = {}
+    if quantize.weights is not None:
+        grids = {role: round_to_nearest(weight, quantize.weights, 0.7) for role, weight in weights.items()}
     for each in make_trainable(block, weights, grids, quantize.weights):
         each.parameter.requires_grad_(True)
+    return block
+
+
+def step(ways, prefix_tokens, precision, compiled=True, frozen=False):
+    """Return the loss and every gradient of a tiny block's step; compiled: as traced, without generated code."""
+    block = trainable_block()
     block.take_ways(ways)
+    for role in block.family.linears if frozen else ():
+        block.linear(role).weight.requires_grad_(False)
     heads, channels = block.attention.config.num_key_value_heads, block.attention.head_dim
     keys, values = (random(heads, prefix_tokens, channels, seed=seed, dtype=torch.float32) for seed in (4, 5))
     module = BlockLoss(block, (keys, values) if prefix_tokens else None, mse)
@@ -91,38 +105,99 @@ def step(ways, prefix_tokens, precision, compiled=True):
     return loss.detach(), {name: each.grad for name, each in module.named_parameters() if each.grad is not None}
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen-weights"])
 @pytest.mark.parametrize("prefix_tokens", [0, 3])
 @pytest.mark.parametrize("name", WAYS)
-def test_a_compiled_step_is_the_same_in_every_way(name, prefix_tokens):
-    loss, wanted = step(StepWays(), prefix_tokens, "fp32")
-    found_loss, found = step(WAYS[name], prefix_tokens, "fp32")
+def test_a_compiled_step_is_the_same_in_every_way(with_codes, name, prefix_tokens, frozen):
+    loss, wanted = step(OLDER, prefix_tokens, "fp32", frozen=frozen)
+    found_loss, found = step(WAYS[name], prefix_tokens, "fp32", frozen=frozen)
     torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=0)
     assert found.keys() == wanted.keys()
     for each, value in wanted.items():
         torch.testing.assert_close(found[each], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()), msg=each)
 
 
-def test_a_step_under_autocast_is_in_no_way_further_from_the_step_in_float32():
-    exact_loss, exact = step(StepWays(), 3, "fp32")
-    loss, default = step(StepWays(), 3, "bf16")
-    found_loss, found = step(WAYS["all"], 3, "bf16")
+def test_a_step_under_autocast_is_no_further_from_the_step_in_float32_than_in_the_older_ways(with_codes):
+    exact_loss, exact = step(OLDER, 3, "fp32")
+    loss, older = step(OLDER, 3, "bf16")
+    found_loss, found = step(StepWays(), 3, "bf16")
     assert abs(found_loss - exact_loss) < 1.25 * abs(loss - exact_loss)
     for name, value in exact.items():
         if value.ndim == 2:  # a value on the border of two codes falls to either side, and is worth a step of 4 bits
-            far, wanted = ((each[name] - value).norm() / value.norm() for each in (found, default))
+            far, wanted = ((each[name] - value).norm() / value.norm() for each in (found, older))
             assert far < 1.25 * wanted + 0.01, name
 
 
-def test_a_step_that_is_not_compiled_goes_through_the_forward_of_every_linear():
-    plain, wanted = step(StepWays(), 3, "fp32", compiled=False)
-    mine, found = step(StepWays(joined_swiglu=True, code_products=True), 3, "fp32", compiled=False)
+def test_a_step_that_is_not_compiled_makes_no_products_of_codes(with_codes):
+    plain, wanted = step(StepWays(code_products=False), 3, "fp32", compiled=False)
+    mine, found = step(StepWays(), 3, "fp32", compiled=False)
     assert torch.equal(mine, plain)
     assert all(torch.equal(found[each], value) for each, value in wanted.items())
 
 
+def multiplying_codes(quantize=QuantizeConfig(), precision="bf16"):  # noqa: B008 - frozen
+    """Return the linears of a block whose compiled steps make products of codes."""
+    block = trainable_block(quantize)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"), block.weights_on_grid():
+        return {role for role in block.family.linears if block.linear(role).codes_on_grid is not None}
+
+
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        QuantizeConfig(weights=WeightSpec(bits=8)),
+        QuantizeConfig(weights=WeightSpec(symmetric=False)),
+        QuantizeConfig(weights=WeightSpec(granularity="group", group_size=16)),
+        QuantizeConfig(weights=WeightSpec(granularity="tensor")),
+        QuantizeConfig(weights=None),
+        QuantizeConfig(activations=ActivationSpec(bits=8)),
+        QuantizeConfig(activations=ActivationSpec(symmetric=False)),
+        QuantizeConfig(activations=ActivationSpec(mode="dynamic", granularity="token")),
+        QuantizeConfig(activations=None),
+    ],
+    ids=str,
+)
+def test_products_that_are_not_of_two_fine_grids_are_ordinary(with_codes, quantize):
+    assert multiplying_codes(quantize) == set()
+
+
+@pytest.mark.parametrize(
+    ("has_fp8", "has_triton", "precision", "some"),
+    [
+        (True, True, "bf16", True),
+        (True, True, "fp32", False),
+        (True, False, "bf16", False),
+        (False, True, "bf16", False),
+    ],
+)
+def test_products_are_ordinary_where_those_in_fp8_were_not_measured(monkeypatch, has_fp8, has_triton, precision, some):
+    monkeypatch.setattr(code_product, "has_fp8", lambda device: has_fp8)
+    monkeypatch.setattr(code_product, "uses_triton", lambda weight: has_triton)
+    assert len(multiplying_codes(precision=precision)) == 7 * some
+
+
+def test_products_in_fp8_take_sizes_of_whole_sixteens(monkeypatch):
+    monkeypatch.setattr(code_product, "has_fp8", lambda device: True)
+    monkeypatch.setattr(code_product, "uses_triton", lambda weight: True)
+    fits = {shape: code_product.fits_fp8(torch.empty(shape), torch.bfloat16) for shape in ((48, 96), (48, 40), (8, 96))}
+    assert fits == {(48, 96): True, (48, 40): False, (8, 96): False}
+    assert not code_product.fits_fp8(torch.empty(48, 96), torch.float16)
+
+
+def test_a_cpu_makes_ordinary_products():
+    assert multiplying_codes() == set()
+
+
+def test_forwards_that_record_no_gradient_are_the_same_in_every_way():
+    block, batch = trainable_block(), random(2, 10, 48, dtype=torch.float32)
+    prefix = tuple(random(2, 3, 16, seed=seed, dtype=torch.float32) for seed in (4, 5))
+    with torch.no_grad():
+        outputs = [(block.take_ways(ways), block(batch, prefix))[1] for ways in (OLDER, StepWays())]
+    assert torch.equal(*outputs)
+
+
 def test_the_defaults_are_what_has_been_measured():
     assert {each.name: each.default for each in fields(StepWays)} == {
-        "joined_swiglu": False,
-        "attention": "lower_right",
-        "code_products": False,
+        "attention": "padded",
+        "code_products": True,
     }
