@@ -167,10 +167,15 @@ def test_hadamard_fake_quantize_on_the_gpu_is_its_steps(n):
     wanted = fake_quantize(hadamard_transform(x), scale, None, -8, 7)
     # sums in another order: a value on a border of bfloat16, and then of a code, may fall to the other side
     assert ((y - wanted).abs() > 0.01).float().mean() < 0.01
-    for mine, theirs in zip(
-        torch.autograd.grad(y, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
-    ):
-        assert (mine.float() - theirs.float()).norm() / theirs.float().norm() < 0.05
+    (dx, dscale), (wanted_dx, _) = (torch.autograd.grad(each, leaves, grad) for each in (y, wanted))
+    assert (dx.float() - wanted_dx.float()).norm() / wanted_dx.float().norm() < 0.05
+    # The scale's gradient is a sum whose terms cancel, so those few values show; of the kernel's own transform it is
+    # what it is of any values.
+    transformed = torch.ops.prefixquant.hadamard_fake_quantize(x.detach(), scale.detach(), -8, 7)[1]
+    again = fake_quantize(transformed, scale, None, -8, 7)
+    (wanted_dscale,) = torch.autograd.grad(again, [scale], grad)
+    terms = (grad.float() * (again - transformed).float() / scale).norm()  # what a sum of random signs comes to
+    assert (dscale - wanted_dscale).abs() < 1e-2 * terms
 
 
 def test_hadamard_fake_quantize_kernels_in_the_interpreter_match_the_reference():
