@@ -23,7 +23,7 @@ ROUNDING_POINTS = 8
 """Points of a search of weights in the time of rounding them."""
 
 ROUNDING_BYTES = 14
-"""Float32 matrices at hand while the largest one is rounded without a search, in bytes of its entries."""
+"""Float32 matrices at hand while the largest one is rounded, in bytes of its entries."""
 
 GPTQ_BYTES = 20
 """Float32 matrices at hand while the Gram matrix of GPTQ is factorized, in bytes of its entries."""
@@ -125,7 +125,11 @@ def _walk(stage: str, shape: Shape, walks: int, tokens: int) -> Cost:
         reads += (walks - 1) * shape.ends_bytes
     return Cost(
         work=Work(stage=stage, blocks=walks * shape.blocks, read_bytes=reads, **passes),
-        device=shape.block_bytes + 2 * shape.stream_bytes(tokens) + shape.forward_bytes(min(FORWARD_TOKENS, tokens)),
+        # The embeddings, what entered the block and what it puts out; the prefix passes with the next block at hand.
+        device=max(
+            shape.block_bytes + 3 * shape.stream_bytes(tokens) + shape.forward_bytes(min(FORWARD_TOKENS, tokens)),
+            2 * shape.block_bytes if stage == "prefix" else 0,
+        ),
         host=4 * tokens * (shape.blocks if stage == "prefix" else 0),
         staged=shape.block_bytes,
     )
@@ -176,7 +180,8 @@ def _search(shape: Shape, *, rounds: bool) -> Cost:
         + 3 * stream
         + (sum(4 * inputs * gram_inputs[inputs] for _, inputs in shape.linears) if points else 0)
         + max(
-            (SEARCH_BYTES if points else ROUNDING_BYTES) * shape.largest,
+            # With the kernels of a GPU the search itself needs less than rounding does after it.
+            (SEARCH_BYTES if points and shape.on_cpu else ROUNDING_BYTES) * shape.largest,
             inverses,
             shape.forward_bytes(min(FORWARD_TOKENS, tokens)),
         ),

@@ -28,7 +28,7 @@ class Gang:
     shares: int = 1
     """Such nodes that run at the same time, among which the GPUs are divided."""
 
-    sharding: str = "zero"
+    sharding: str = "rows"
     """How the processes divide what they train (`TrainConfig.sharding`)."""
 
 

@@ -65,8 +65,11 @@ class Machine:
     write_bytes_per_s: float
     """To the store."""
 
+    copy_bytes_per_s: float
+    """Between pageable host memory and the GPU."""
+
     link_bytes_per_s: float
-    """Between the ranks of a node, one way."""
+    """Between the ranks of a node, one way, while they compute."""
 
     process_bytes: float
     """Resident memory of a worker before it does anything."""
@@ -97,6 +100,7 @@ class Machine:
             + work.forwards * self.forward_s
             + work.steps * self.step_s
             + work.eager_steps * self.eager_step_s
+            + work.copied_bytes / self.copy_bytes_per_s
             + work.exchanged_bytes / self.link_bytes_per_s
             + work.blocks * self.block_s
             + work.trained_blocks * self.trained_block_s
@@ -128,7 +132,10 @@ class Work:
     """The same, of several ranks."""
 
     exchanged_bytes: float = 0
-    """Sent by a rank to others."""
+    """Sent by a rank to others and not hidden behind its products."""
+
+    copied_bytes: float = 0
+    """Of activations and weights, between host memory and the GPU."""
 
     blocks: float = 0
     """Blocks built."""

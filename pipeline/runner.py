@@ -170,7 +170,7 @@ class _Run:
             byproducts=byproducts,
             cpus=max(1, request.cpus),
             mailbox=self.session.mailbox() if gang is not None else None,
-            sharding="zero" if gang is None else gang.sharding,
+            sharding="rows" if gang is None else gang.sharding,
             parts=2 if name in self.reduced else 1,
         )
         ranks = self.num_ranks(node)

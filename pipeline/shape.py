@@ -114,8 +114,11 @@ class Shape:
         return tokens * self.hidden * self.bytes_per_weight
 
     def forward_bytes(self, tokens: int) -> int:
-        """At hand in a forward of so many tokens, nothing kept for a backward."""
-        most = (4 * self.intermediate + 6 * self.hidden) * self.bytes_per_weight
+        """At hand in a forward of so many tokens, nothing kept for a backward.
+
+        The batch is among it, or what the batch before put out.
+        """
+        most = (4 * self.intermediate + 7 * self.hidden) * self.bytes_per_weight
         if self.on_cpu and self.rotates_down and self.dtype == "float32":
             # A CPU rotates in float64: three such matrices, beside three of what they come from.
             most = max(most, (3 * 8 + 3 * 4) * self.intermediate + 3 * 4 * self.hidden)

@@ -148,7 +148,7 @@ class NodeCall:
     mailbox: Messages | None = None
     """Where to say how far the task is."""
 
-    sharding: str = "zero"
+    sharding: str = "rows"
     """How several processes divide what they train: `rows` (tasks/sharded_steps.py), or `zero` (DeepSpeed)."""
 
     parts: int = 1

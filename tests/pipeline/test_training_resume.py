@@ -141,8 +141,9 @@ def test_a_killed_driver_leaves_trained_blocks_that_are_not_trained_again(done, 
     assert (digests(done, graph), losses(done, graph)) == undisturbed
 
 
-def test_two_ranks_train_as_one_does_even_if_one_of_them_dies(done, ray_session, undisturbed):
-    graph = done.graph(*CHANGE)
+@pytest.mark.parametrize("sharding", ["rows", "zero"])
+def test_two_ranks_train_as_one_does_even_if_one_of_them_dies(done, ray_session, undisturbed, sharding):
+    graph = done.graph(*CHANGE, f"train.sharding={sharding}")
     killer = Killer(done, "ray::_Rank.run")
     killer.start()
     result = execute(graph, targets(graph), done.store, ray_session, ranks=2)
