@@ -20,8 +20,8 @@ LARGE = "llama-3-70b-w4a4kv4-trained"
     [
         (H200, "llama-3-8b", 14.9, 5.0),
         (H200, "llama-3-70b", 49.1, 15.9),
-        (H100, "llama-3-8b", 12.1, 5.64),
-        (H100, "llama-3-70b", 42.0, 18.75),
+        (H100, "llama-3-8b", 12.1, 4.77),
+        (H100, "llama-3-70b", 42.0, 15.33),
     ],
 )
 def test_a_training_step_of_a_large_block_takes_what_was_measured(machine, shape, milliseconds, gigabytes):
