@@ -45,7 +45,7 @@ class Machine:
     """Least time of a block in a training step."""
 
     eager_step_s: float
-    """The same without a CUDA graph, as several ranks step."""
+    """The same without a CUDA graph, as ranks of DeepSpeed step."""
 
     block_s: float
     """Of building a block from loaded weights."""
@@ -129,7 +129,7 @@ class Work:
     """Blocks passed in training steps."""
 
     eager_steps: float = 0
-    """The same, of several ranks."""
+    """The same, of ranks of DeepSpeed."""
 
     exchanged_bytes: float = 0
     """Sent by a rank to others and not hidden behind its products."""

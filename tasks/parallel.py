@@ -1,5 +1,5 @@
-"""What training asks of the ranks it runs on. `cluster` has an implementation over several processes, this file the
-one for a single process."""
+"""What training asks of the ranks it runs on: one process (`steps`), several that own rows of the weights
+(`sharded_steps`), or DeepSpeed's (`cluster.deepspeed_ranks`)."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -69,9 +69,9 @@ class TrainConfig:
     """With segments: train once more in one run over all blocks, starting from what the segments found."""
 
     sharding: Literal["rows", "zero"] = field(default="rows", metadata={"in_key": False})
-    """How several ranks divide a block. rows: each owns rows of every weight, and quantized rows travel; on 4 H100s
-    3.4 times as fast as one. zero: DeepSpeed ZeRO of a stage chosen by the block's size. It changes speed and memory
-    alone."""
+    """How several ranks divide a block. rows: each owns rows of every weight, and quantized rows travel; on 4 H100s a
+    batch of 4 sequences is 2.3 times as fast as on one, of 16 3.4 times. zero: DeepSpeed ZeRO of a stage chosen by the
+    block's size. It changes speed and memory alone."""
 
     offload_to_disk: bool = field(default=False, metadata={"in_key": False})
     """Keep the streams on local disk instead of in host memory."""

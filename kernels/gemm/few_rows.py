@@ -22,9 +22,9 @@ PROGRAMS = 264
 MAX_TILES = 1024
 """Tiles that are split at most; with more there is no need to."""
 
-
 VECTOR_TILE = {"BN": 8, "BW": 256, "LINES": 8, "num_warps": 4}
-"""Block and launch sizes of `vector_kernel`, as they measured best on an H100 in a chain of overlapping launches."""
+"""Block and launch sizes of `vector_kernel`: on an H100, in a chain of overlapping launches, within 0.4 us of the best
+of each layer of a Llama-3-8B block."""
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixquant.kernels.dispatch import has_fp8, uses_triton
+from prefixquant.kernels.dispatch import uses_triton
 from prefixquant.kernels.gemm import quantized_linear
 
 LARGEST_BITS = 4
@@ -18,9 +18,13 @@ LARGEST_BITS = 4
 
 def fits_fp8(weight_OI: Tensor, dtype: torch.dtype) -> bool:
     """Return whether the product with this weight, in this type, is one of those that were measured to be faster in
-    fp8: in bfloat16, on a GPU that has fp8, both sizes multiples of 16, as the vendor's kernels need them."""
+    fp8: in bfloat16, on a Hopper GPU, both sizes multiples of 16, as the vendor's kernels need them."""
     sizes_fit = all(size % 16 == 0 for size in weight_OI.shape)
-    return dtype == torch.bfloat16 and sizes_fit and uses_triton(weight_OI) and has_fp8(weight_OI.device)
+    return dtype == torch.bfloat16 and sizes_fit and uses_triton(weight_OI) and _is_hopper(weight_OI.device)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def code_product(x: Tensor, weight_OI: Tensor, codes_OI: Tensor, x_scale: Tensor, weight_scale: Tensor) -> Tensor:

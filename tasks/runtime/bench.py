@@ -91,16 +91,18 @@ def bench(model: str, config: BenchConfig, say: Callable[[str], None] = print) -
         source = _source(model, config, device)
         quantized = QuantizedCausalLM.build(source, device, torch.bfloat16)
         ok = _check(quantized, report) and _takes_the_same_steps(quantized, report)
-        _linears(quantized, report, ok, "static" if _static(source) else "dynamic")
+        kind = "static" if _static(source) else "dynamic"
+        _linears(quantized, report, ok, kind)
         _memory(quantized, source, report)
         times = _whole(quantized, config, report, rate, "packed")
-        with overlapped_launches(False):
-            name = "packed, launches one by one"
-            _linears(quantized, report, ok, f"static, {name}", rows=(1,))
-            times |= _decode(quantized, replace(config, batches=(1,)), report, rate, name)
+        if 1 in config.batches:
+            with overlapped_launches(False):
+                name = "packed, launches one by one"
+                _linears(quantized, report, ok, f"{kind}, {name}", rows=(1,))
+                times |= _decode(quantized, replace(config, batches=(1,)), report, rate, name)
         del quantized
         fast = QuantizedCausalLM.build(source, device, torch.bfloat16, fast_prompts=True)
-        _linears(fast, report, ok, "static, weights as fp8 codes too", rows=(2048,))
+        _linears(fast, report, ok, f"{kind}, weights as fp8 codes too", rows=(2048,))
         times |= _prompt(fast, config, report, "with fp8 codes")
         del fast
         if config.dynamic and isinstance(source, RandomSource) and _static(source):

@@ -118,6 +118,13 @@ def test_a_step_of_several_h100s_takes_what_was_measured(sharding, batch, ranks,
     assert 1e3 * (seconds(101) - seconds(1)) / 100 == pytest.approx(milliseconds, rel=TIME)
 
 
+@pytest.mark.parametrize(("batch", "ranks", "gigabytes"), [(4, 2, 4.09), (16, 2, 5.56), (4, 4, 3.37), (16, 4, 3.99)])
+def test_ranks_of_a_large_block_hold_what_was_measured(batch, ranks, gigabytes):
+    _, sizes, recipe = build("llama-3-8b", "bfloat16", "train.lookahead=0", f"train.batch_size={batch}")
+    bare = train_bytes(sizes, recipe.train, ranks=ranks, last=False) - 4 * sizes.parameters - sizes.block_bytes
+    assert bare / 1e9 == pytest.approx(gigabytes, rel=MEMORY)
+
+
 OF_A_REHEARSAL = {
     "rotate": (0.56, 0.62),
     "prefix": (2.88, 1.10),

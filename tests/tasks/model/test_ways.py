@@ -162,7 +162,7 @@ def test_products_that_are_not_of_two_fine_grids_are_ordinary(with_codes, quanti
 
 
 @pytest.mark.parametrize(
-    ("has_fp8", "has_triton", "precision", "some"),
+    ("is_hopper", "has_triton", "precision", "some"),
     [
         (True, True, "bf16", True),
         (True, True, "fp32", False),
@@ -170,14 +170,14 @@ def test_products_that_are_not_of_two_fine_grids_are_ordinary(with_codes, quanti
         (False, True, "bf16", False),
     ],
 )
-def test_products_are_ordinary_where_those_in_fp8_were_not_measured(monkeypatch, has_fp8, has_triton, precision, some):
-    monkeypatch.setattr(code_product, "has_fp8", lambda device: has_fp8)
+def test_products_are_ordinary_where_fp8_was_not_measured(monkeypatch, is_hopper, has_triton, precision, some):
+    monkeypatch.setattr(code_product, "_is_hopper", lambda device: is_hopper)
     monkeypatch.setattr(code_product, "uses_triton", lambda weight: has_triton)
     assert len(multiplying_codes(precision=precision)) == 7 * some
 
 
 def test_products_in_fp8_take_sizes_of_whole_sixteens(monkeypatch):
-    monkeypatch.setattr(code_product, "has_fp8", lambda device: True)
+    monkeypatch.setattr(code_product, "_is_hopper", lambda device: True)
     monkeypatch.setattr(code_product, "uses_triton", lambda weight: True)
     fits = {shape: code_product.fits_fp8(torch.empty(shape), torch.bfloat16) for shape in ((48, 96), (48, 40), (8, 96))}
     assert fits == {(48, 96): True, (48, 40): False, (8, 96): False}
