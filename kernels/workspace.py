@@ -32,22 +32,18 @@ def recording(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
 
 def zeros(device: torch.device, size: int) -> Tensor:
     """Return int32 [size], zero. What launches of one stream share; each leaves it as it found it."""
-    if device.type != "cuda":
-        return _kept(device, 0, _rounded(size))[:size]
-    stream = torch.cuda.current_stream(device).cuda_stream
-    if not torch.cuda.is_current_stream_capturing():
-        return _kept(device, stream, _rounded(size))[:size]
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    rounded = 1 << (size - 1).bit_length()
+    if not (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return _kept(device, stream, rounded)[:size]
     shared = _RECORDED.get()
     if shared is None:
         return _zeros(device, size)
     found = shared.get((device, stream))
     if found is None or len(found) < size:
-        found = shared[device, stream] = _zeros(device, max(LEAST, _rounded(size)))
+        found = shared[device, stream] = _zeros(device, max(LEAST, rounded))
     return found[:size]
-
-
-def _rounded(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 @cache

@@ -1,8 +1,7 @@
 """Times the training kernels on one GPU: `python -m prefixquant.kernels.hadamard.bench_train`.
 
 For every row size, forward and backward with several columns at a time and numbers of warps; the launch that is used is
-marked. A launch whose result is not that of PyTorch is not timed. GB/s are of what must be
-read and written.
+marked. A launch whose result is not that of PyTorch is not timed. GB/s are of what must be read and written.
 """
 
 from collections.abc import Callable
