@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _REFERENCES: ContextVar[bool] = ContextVar("references", default=False)
-_OVERLAP: ContextVar[bool] = ContextVar("overlap", default=True)
+_OVERLAP: ContextVar[bool] = ContextVar("overlap", default=False)
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -40,10 +40,11 @@ def references() -> Iterator[None]:
 
 @contextmanager
 def overlapped_launches(wanted: bool = True) -> Iterator[None]:
-    """Have the runtime's kernels for one token start while those before them end (`kernels.overlap`), on GPUs that can
-    (Hopper and later), or not.
+    """Have the runtime's kernels for few tokens start while those before them end (`kernels.overlap`), on GPUs that can
+    (Hopper and later), or not, which is the default.
 
-    It holds for this thread; a CUDA graph recorded before replays what it was recorded with.
+    They then read weights, their scales, biases and gains early: no kernel launched just before may write these. It
+    holds for this thread; a CUDA graph recorded before replays what it was recorded with.
     """
     token = _OVERLAP.set(wanted)
     try:
@@ -53,7 +54,7 @@ def overlapped_launches(wanted: bool = True) -> Iterator[None]:
 
 
 def wants_overlap() -> bool:
-    """Return whether launches may overlap: yes, unless `overlapped_launches(False)` is around."""
+    """Return whether launches may overlap: where `overlapped_launches()` is around."""
     return _OVERLAP.get()
 
 

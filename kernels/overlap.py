@@ -1,12 +1,13 @@
 """Programmatic dependent launch (CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization").
 
-A kernel is set up on the GPU, and may fetch what no kernel before it writes, while the kernel before it still runs. For
-one token, where a kernel takes a few microseconds, a block's products take a tenth less with sizes that suit it. With
-more the kernels are longer and fill the GPU, where those that wait already are in the way: 16 tokens took a tenth
-longer.
+A kernel is set up on the GPU, and may fetch what no kernel before it writes, while the kernel before it still runs:
+from when that has begun (EARLY), or from when its last programs end (LATE). Early is right where kernels take a few
+microseconds. A kernel that fills the GPU for longer lets the next one come late, or programs that wait would be in the
+way of its own.
 
-Every kernel launched with `launch_flags` calls `wait_for_inputs` before it reads or writes anything, so each is over
-after the one before it, and with that after all before that: memory is used in turn as without.
+Every kernel launched with `launch_flags` calls `wait_for_inputs` before it reads what another kernel writes, and before
+it writes, so each is over after the one before it, and with that after all before that: memory is used in turn as
+without. What is read before that is fixed: weights, their scales, biases, gains and Hadamard matrices.
 """
 # Triton has no types, and its kernels cannot:
 # mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
@@ -19,38 +20,26 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from prefixquant.kernels.dispatch import wants_overlap
 
+LATE, EARLY = 1, 2
+"""When the next kernel may be set up: OVERLAP, which is 0 where it may not before the end."""
 
-def launch_flags(x: Tensor, tokens: int) -> dict[str, bool]:
+OVERLAPPED_TOKENS = 16
+"""Tokens up to which launches overlap; for 64 that measured slower."""
+
+
+def launch_flags(x: Tensor, tokens: int, brief: bool = False) -> dict[str, int | bool]:
     """Return what a launch on x's device, for so many tokens, adds to its arguments: OVERLAP, and Triton's option if
-    it is set."""
-    if tokens == 1 and wants_overlap() and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
-        return {"OVERLAP": True, "launch_pdl": True}
-    return {"OVERLAP": False}
+    it is set. `brief`: a kernel of few programs, one a token at most."""
+    capable = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    if tokens > OVERLAPPED_TOKENS or not capable or not wants_overlap():
+        return {"OVERLAP": 0}
+    return {"OVERLAP": EARLY if brief or tokens == 1 else LATE, "launch_pdl": True}
 
 
 @triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr):
-    """Let the next kernel be set up, and wait until the one before has written what it writes."""
-    if OVERLAP:
+    """Let the next kernel be set up if it is to be early, and wait until the one before has written what it writes."""
+    if OVERLAP == 2:
         gdc_launch_dependents()
-        gdc_wait()
-
-
-@triton.jit
-def fetch_rows(start, rows, size, stride, ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr):
-    """Ask the L2 cache for up to LINES lines of 128 bytes of each of min(rows, ROWS) rows, `stride` bytes apart.
-
-    `start` points to bytes, `size` of which belong to a row. Nothing is read: what another kernel writes there
-    meanwhile is seen by who reads it later.
-    """
     if OVERLAP:
-        o_r = tl.minimum(tl.arange(0, ROWS), rows - 1).to(tl.int64)
-        o_b = tl.minimum(tl.arange(0, LINES) * 128, size - 1)
-        tl.inline_asm_elementwise(
-            "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-            "=r,l",
-            [(start + o_r[:, None] * stride + o_b[None, :]).to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        gdc_wait()

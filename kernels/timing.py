@@ -1,6 +1,7 @@
 """Times of work on a GPU."""
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,18 +37,23 @@ def median_ms(function: Callable[[], object], rounds: int = 7, warmup: int = 1) 
     return statistics.median(times[warmup:])
 
 
-def graph_us(functions: Sequence[Callable[[], object]], repeats: int = 5) -> float:
+def steady_us(functions: Sequence[Callable[[], object]], repeats: int = 5, seconds: float = 1.0) -> float:
     """Return the time in us of one of several functions, called in turn so that no cache holds their weights.
 
-    They run back to back in one CUDA graph: no time of the host is in it.
+    They run back to back in a CUDA graph, so no time of the host is in it, and for `seconds` before anything counts:
+    a GPU that is busy lowers its clock to what its power allows, and that depends on the work.
     """
 
-    def all_of_them() -> None:
+    def call() -> None:
         for function in functions:
             function()
 
-    graph = record(all_of_them, repeats)
-    return median_ms(graph.replay) * 1e3 / (repeats * len(functions))
+    graph = record(call, repeats)
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        graph.replay()
+        torch.cuda.synchronize()
+    return median_ms(graph.replay, rounds=15) * 1e3 / (repeats * len(functions))
 
 
 def copy_rate() -> float:

@@ -1,4 +1,4 @@
-"""Memory that a kernel finds zero and leaves zero, so that it need not be set to zero before each launch."""
+"""Memory that need not be set before each launch: zeros that a kernel leaves as it found them, and a one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +44,18 @@ def zeros(device: torch.device, size: int) -> Tensor:
     if found is None or len(found) < size:
         found = shared[device, stream] = _zeros(device, max(LEAST, rounded))
     return found[:size]
+
+
+def one(device: torch.device) -> Tensor:
+    """Return a float32 one that nobody writes to."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _one.__wrapped__(device)  # set when the graph is replayed, so nobody else may have it
+    return _one(device)
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
 @cache

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from prefixquant.kernels.dispatch import call, uses_triton
 from prefixquant.kernels.errors import KernelInputError
+from prefixquant.kernels.workspace import one
 
 from .reference import add_channels_reference, linear_reference
 
@@ -140,20 +141,20 @@ def quantized_products(x: Tensor, x_scale: Tensor, weight: Tensor, *, dtype: tor
 
 @torch.library.custom_op("prefixquant::products", mutates_args=())
 def _products(x: Tensor, x_scale: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    one = torch.ones((), device=x.device)
     if not uses_triton(x):
-        return linear_reference(x, x_scale, weight, one.expand(weight.shape[0]), None, None, dtype)
+        return linear_reference(x, x_scale, weight, x_scale.new_ones(weight.shape[0]), None, None, dtype)
     from .many_rows import unpack
 
     rows = x.view(-1, x.shape[-1])
     with torch.cuda.device(x.device):
         if _fits_scaled_mm(rows, weight, dtype):
             wide = unpack(weight, x.dtype) if weight.dtype == torch.uint8 else weight
-            y = torch._scaled_mm(rows, wide.T, x_scale.view(()), one, out_dtype=dtype)  # without fast accumulation
+            scales = x_scale.view(()), one(x.device)
+            y = torch._scaled_mm(rows, wide.T, *scales, out_dtype=dtype)  # without fast accumulation
         else:
             from .kernel import linear_triton
 
-            y = linear_triton(rows, x_scale, weight, one.expand(weight.shape[0]).contiguous(), None, dtype)
+            y = linear_triton(rows, x_scale, weight, x_scale.new_ones(weight.shape[0]), None, dtype)
     return y.view(*x.shape[:-1], -1)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 def _dot(a, b, acc, INTEGER: tl.constexpr, BK: tl.constexpr):
     if INTEGER:
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    elif a.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     else:
         # Hopper's fp8 tensor cores add with 14 significant bits until the sum moves to float32 registers. 128 products
         # of 4-bit codes sum to at most 2^13, so moving it that often keeps the sum exact. (Not at all would take Triton
@@ -88,8 +90,10 @@ def linear_kernel(
     )
 
 
-def tiling(rows: int) -> dict[str, int]:
-    """Return the tile and launch sizes for a number of rows."""
+def tiling(rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return the tile and launch sizes for a number of rows of x, of a type."""
+    if dtype == torch.float32:  # without tensor cores
+        return {"BM": 16 if rows <= 16 else 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
     if rows <= 16:
         return {"BM": 16, "BN": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
     if rows <= 64:
@@ -103,7 +107,7 @@ def linear_triton(
     """Do on x [M, K], contiguous, what the reference does."""
     rows, columns, outputs = *x.shape, weight.shape[0]
     y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
-    tile = tiling(rows)
+    tile = tiling(rows, x.dtype)
     grid = (triton.cdiv(rows, tile["BM"]) * triton.cdiv(outputs, tile["BN"]),)
     linear_kernel[grid](
         x,

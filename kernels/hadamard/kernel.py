@@ -85,7 +85,7 @@ def hadamard_kernel(
 
     With TWO, program_id(1) gives BC of a row's B result columns, so that several programs share a row.
     """
-    wait_for_inputs(OVERLAP)
+    # The matrices are fixed, so they may be read before the inputs are there.
     o_a, o_b = tl.arange(0, BA), tl.arange(0, BB)
     if TWO:
         o_c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -96,6 +96,7 @@ def hadamard_kernel(
         b_last = tl.load(last + o_b[:, None] * B + o_c[None, :], mask=m_h, other=0.0)
         m_h = (o_a < A)[:, None] & (o_a < A)[None, :]
         b_first = tl.load(first + o_a[:, None] * A + o_a[None, :], mask=m_h, other=0.0)
+        wait_for_inputs(OVERLAP)
         for row in range(tl.program_id(0), ROWS, tl.num_programs(0)):
             i = tl.cast(row, tl.int64)
             b_x = _gated(x + i * stride_x, up + i * stride_up, channel_scale, o_n, o_n, m, A * B, SWIGLU, SCALED)
@@ -118,6 +119,7 @@ def hadamard_kernel(
         m = (o_r < ROWS)[:, None] & (o_b < B)[None, :]
         m_h = (o_b < B)[:, None] & (o_b < B)[None, :]
         b_last = tl.load(last + o_b[:, None] * B + o_b[None, :], mask=m_h, other=0.0)
+        wait_for_inputs(OVERLAP)
         o_n = tl.broadcast_to(o_b[None, :], (BA, BB))
         b_x = _gated(
             x + o_r[:, None] * stride_x, up + o_r[:, None] * stride_up, channel_scale, o_n, o_n, m, B, SWIGLU, SCALED

@@ -103,10 +103,18 @@ def split_kernel(
 ):
     """Take BT tokens of one head of x [B, T, (HQ + 2 H) C]: a query's, a key's or a value's, in this order."""
     HALF: tl.constexpr = C // 2
-    wait_for_inputs(OVERLAP)
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
     o_c = tl.arange(0, HALF)
+    if HADAMARD:  # fixed, so it may be read before the inputs are there
+        p_h = matrix + o_c[:, None] * C + o_c[None, :]
+        h_ll, h_hl, h_lh, h_hh = (
+            tl.load(p_h),
+            tl.load(p_h + HALF * C),
+            tl.load(p_h + HALF),
+            tl.load(p_h + HALF * C + HALF),
+        )
+    wait_for_inputs(OVERLAP)
     m_t = o_t < T
     m = m_t[:, None] & (o_c < HALF)[None, :]
     dtype = x.dtype.element_ty
@@ -130,11 +138,10 @@ def split_kernel(
         b_hi = (b_hi * b_cos).to(dtype) + (b_lo * b_sin).to(dtype)
         b_lo = new
         if HADAMARD:
-            p_h = matrix + o_c[:, None] * C + o_c[None, :]
-            low = tl.dot(b_lo, tl.load(p_h), input_precision="ieee")
-            low = tl.dot(b_hi, tl.load(p_h + HALF * C), low, input_precision="ieee")
-            high = tl.dot(b_lo, tl.load(p_h + HALF), input_precision="ieee")
-            high = tl.dot(b_hi, tl.load(p_h + HALF * C + HALF), high, input_precision="ieee")
+            low = tl.dot(b_lo, h_ll, input_precision="ieee")
+            low = tl.dot(b_hi, h_hl, low, input_precision="ieee")
+            high = tl.dot(b_lo, h_lh, input_precision="ieee")
+            high = tl.dot(b_hi, h_hh, high, input_precision="ieee")
             b_lo, b_hi = low.to(dtype), high.to(dtype)
     if i_h < HQ:
         p_q = query + ((i_b * HQ + i_h) * T + o_t[:, None]) * C + o_c[None, :]

@@ -11,6 +11,9 @@ from prefixquant.kernels.overlap import launch_flags, wait_for_inputs
 from prefixquant.kernels.quantize.reference import STORAGE
 from prefixquant.kernels.rounding import codes_of
 
+PIECE = 4096
+"""Values of a program where rows do not matter."""
+
 
 @triton.jit
 def quantize_kernel(
@@ -32,18 +35,21 @@ def quantize_kernel(
     BLOCK: tl.constexpr,
 ):
     """Quantize one row; BLOCK covers half of it, the halves being what an int4 byte holds one each of."""
-    wait_for_inputs(OVERLAP)
     i = tl.program_id(0).to(tl.int64)
     half = K // 2
     o = tl.arange(0, BLOCK)
     m = o < half
+    if NORM:  # fixed, so it may be read before the inputs are there
+        g_lo = tl.load(gain + o, mask=m, other=0.0).to(tl.float32)
+        g_hi = tl.load(gain + half + o, mask=m, other=0.0).to(tl.float32)
+    wait_for_inputs(OVERLAP)
     row = x + i * stride
     b_lo = tl.load(row + o, mask=m, other=0.0).to(tl.float32)
     b_hi = tl.load(row + half + o, mask=m, other=0.0).to(tl.float32)
     if NORM:
         rms = tl.rsqrt((tl.sum(b_lo * b_lo, axis=0) + tl.sum(b_hi * b_hi, axis=0)) / K + eps)
-        b_lo *= rms * tl.load(gain + o, mask=m, other=0.0).to(tl.float32)
-        b_hi *= rms * tl.load(gain + half + o, mask=m, other=0.0).to(tl.float32)
+        b_lo *= rms * g_lo
+        b_hi *= rms * g_hi
         b_lo = b_lo.to(x.dtype.element_ty).to(tl.float32)  # rounded as the norm's output would be
         b_hi = b_hi.to(x.dtype.element_ty).to(tl.float32)
     if DYNAMIC:
@@ -73,8 +79,10 @@ def quantize_triton(
     layout: str,
 ) -> tuple[Tensor, Tensor]:
     """Do on rows [M, K] with contiguous columns what the reference does."""
+    shape, packed = x.shape, layout == "int4"
+    if gain is None and scale is not None and not packed and x.is_contiguous() and x.numel() % PIECE == 0:
+        x = x.view(-1, PIECE)  # value by value, so rows do not matter
     rows, columns = x.shape
-    packed = layout == "int4"
     codes = torch.empty(rows, columns // 2 if packed else columns, dtype=STORAGE[layout], device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if scale is None else scale
     block = max(16, triton.next_power_of_2(columns // 2))
@@ -94,7 +102,7 @@ def quantize_triton(
         LOW=-(2 ** (bits - 1)),
         HIGH=2 ** (bits - 1) - 1,
         BLOCK=block,
-        **launch_flags(x, rows),
-        num_warps=min(16, max(1, block // 256)),
+        **launch_flags(x, shape[0], brief=True),
+        num_warps=min(8, max(1, block // 256)),
     )
-    return codes, scales
+    return codes if packed else codes.view(shape), scales

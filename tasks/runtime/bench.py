@@ -5,7 +5,7 @@ Results are checked against the operators' references first; where the check fai
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, StaticCache
 
 from prefixquant.kernels.dispatch import overlapped_launches, uses_triton
-from prefixquant.kernels.timing import copy_rate, graph_us, median_ms, record
+from prefixquant.kernels.timing import copy_rate, median_ms, record, steady_us
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.cache import cache_name
 from prefixquant.tasks.model.shapes import SHAPES
@@ -96,10 +96,10 @@ def bench(model: str, config: BenchConfig, say: Callable[[str], None] = print) -
         _memory(quantized, source, report)
         times = _whole(quantized, config, report, rate, "packed")
         if 1 in config.batches:
-            with overlapped_launches(False):
-                name = "packed, launches one by one"
-                _linears(quantized, report, ok, f"{kind}, {name}", rows=(1,))
-                times |= _decode(quantized, replace(config, batches=(1,)), report, rate, name)
+            name = "packed, launches one by one"
+            quantized.overlapping = False
+            _linears(quantized, report, ok, f"{kind}, {name}", rows=LINEAR_ROWS[:2])
+            times |= _decode(quantized, config, report, rate, name)
         del quantized
         fast = QuantizedCausalLM.build(source, device, torch.bfloat16, fast_prompts=True)
         _linears(fast, report, ok, f"{kind}, weights as fp8 codes too", rows=(2048,))
@@ -159,7 +159,7 @@ def _linears(model: Any, report: BenchReport, ok: bool, name: str, rows: tuple[i
     first = _products(blocks[0])
     plain = [[_plain(linear) for linear, _ in _products(block)] for block in blocks]
     for count in rows:
-        inputs = [torch.randn(1, count, _width(linear), device="cuda", dtype=torch.bfloat16) for linear, _ in first]
+        inputs = [_inputs(count, *each) for each in first]
 
         def coded(block: Any, inputs: list[Tensor] = inputs) -> None:
             for (linear, site), x in zip(_products(block), inputs, strict=True):
@@ -174,15 +174,24 @@ def _linears(model: Any, report: BenchReport, ok: bool, name: str, rows: tuple[i
                 linear(x)
 
         codes = [site(x) for (_, site), x in zip(first, inputs, strict=True)]
-        ours = graph_us([partial(coded, block) for block in blocks])
-        products = graph_us([partial(alone, block, codes) for block in blocks])
-        theirs = graph_us([partial(bf16, weights) for weights in plain])
+        with overlapped_launches(model.overlapping):
+            ours = steady_us([partial(coded, block) for block in blocks])
+            products = steady_us([partial(alone, block, codes) for block in blocks])
+            theirs = steady_us([partial(bf16, weights) for weights in plain])
         report.figures |= {f"linears/{name}/{count}/us": ours, f"linears/{name}/{count}/bf16_us": theirs}
         gain = f"{theirs / ours:.2f}x" if ok else "not compared"
         report.line(
             f"linears of a block, {name}, {count} tokens: {ours:.1f} us (products alone {products:.1f}), "
             f"bf16 {theirs:.1f} us: {gain}"
         )
+
+
+def _inputs(tokens: int, linear: CodedLinear, site: InputSite) -> Tensor:
+    """Return random inputs of a product; their deviation is a third of a static grid."""
+    x = torch.randn(1, tokens, _width(linear), device="cuda")
+    if site.scale is not None and site.bits is not None:
+        x *= site.scale * (2 ** (site.bits - 1) / 3)
+    return x.to(torch.bfloat16)
 
 
 def _products(block: Any) -> list[tuple[CodedLinear, InputSite]]:
@@ -228,7 +237,7 @@ def _prompt(model: Any, config: BenchConfig, report: BenchReport, name: str) -> 
         model(input_ids=ids, logits_to_keep=1)
 
     prompt()
-    ms = median_ms(prompt)
+    ms = median_ms(prompt, rounds=15, warmup=20)
     report.figure(f"prompt/{name}/ms", ms, f"prompt of 1 x {config.prompt}, {name}: {ms:.1f} ms")
     return {f"prompt/{name}": ms}
 
@@ -243,8 +252,9 @@ def _takes_the_same_steps(model: Any, report: BenchReport, steps: int = 20) -> b
         return [model(input_ids=ids[:, 64 + index, None], **cached).logits.clone() for index in range(steps)]
 
     found = take()
-    with overlapped_launches(False):
-        same = all(torch.equal(*pair) for pair in zip(found, take(), strict=True))
+    model.overlapping = False
+    same = all(torch.equal(*pair) for pair in zip(found, take(), strict=True))
+    model.overlapping = True
     report.figure("check/overlapped", same, f"overlapped launches give the same {steps} steps, to the bit: {same}")
     return same
 
@@ -309,7 +319,7 @@ def _baseline(config: Any, bench: BenchConfig, report: BenchReport) -> dict[str,
 
         prompt()
         prompt()
-        times[f"prompt/{kind}"] = ms = median_ms(prompt)
+        times[f"prompt/{kind}"] = ms = median_ms(prompt, rounds=15, warmup=20)
         report.figure(f"prompt/bf16 {kind}/ms", ms, f"prompt of 1 x {bench.prompt}, bf16 {kind}: {ms:.1f} ms")
         for batch in bench.batches:
             torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefixquant.kernels.dispatch import overlapped_launches
 from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.cache import CACHE_NAMES, cache_name
 from prefixquant.tasks.model.sites import head_size
@@ -27,6 +28,10 @@ class QuantizedCausalLM:
     prompt_graphs: PromptGraphs
     recording = True
     """Set to False to have every forward run module by module, where hooks see it."""
+
+    overlapping = True
+    """Set to False to have kernels of one step or few tokens wait for each other's end (`kernels.overlap`). A recorded
+    forward stays as it is."""
 
     @staticmethod
     def load(
@@ -78,14 +83,15 @@ class QuantizedCausalLM:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the family's forward returns. On a GPU, one more token a sequence and prompts of a length seen
         before are CUDA graphs replayed; the logits of one more token are overwritten by the next."""
-        call = Call(args, kwargs) if self.recording else None
-        if call is None:
+        if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if (step := DecodeGraph.of(self, call)) is not None:
-            return step.run(call)
-        if (prompt := self.prompt_graphs.of(self, call)) is not None:
-            return prompt.run(self, call)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with overlapped_launches(self.overlapping):
+            call = Call(args, kwargs) if self.recording else None
+            if call is not None and (step := DecodeGraph.of(self, call)) is not None:
+                return step.run(call)
+            if call is not None and (prompt := self.prompt_graphs.of(self, call)) is not None:
+                return prompt.run(self, call)
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does, into a packed cache. Beams are refused: the cache cannot be reordered."""

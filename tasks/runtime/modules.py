@@ -20,6 +20,9 @@ PACKED_FEW_ROWS = 256
 PROGRAMS = 264
 """Programs that fill a large GPU twice; attention over a long cache is split until there are so many."""
 
+SPLIT_PLACES = 128
+"""Places that a part of the cache has at least."""
+
 
 class Coded(NamedTuple):
     """An activation as a product takes it."""
@@ -287,4 +290,4 @@ def _splits(programs: int, tokens: int, places: int) -> int:
     """Return into how many parts the cache is cut: many where few programs would read a long one."""
     if tokens > 16:
         return 1
-    return max(1, min(PROGRAMS // programs, -(-places // 256)))
+    return max(1, min(PROGRAMS // programs, -(-places // SPLIT_PLACES)))

@@ -129,20 +129,24 @@ def test_wrong_input_of_added_channels_is_refused_before_anything_runs(change, m
         ("*fp8e4nv", "*fp8e4nv", False, "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"),
         ("*i8", "*u8", True, "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"),
         ("*bf16", "*u8", True, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"),
+        ("*fp32", "*u8", True, "fma.rn.f32"),
+        ("*fp32", "*fp32", False, "fma.rn.f32"),
     ],
 )
-def test_products_compile_to_the_tensor_cores_of_hopper(x_type, weight_type, packed, instruction):
+@pytest.mark.parametrize("rows", [16, 64, 2048])
+def test_products_compile_to_the_tensor_cores_of_hopper(x_type, weight_type, packed, instruction, rows):
     pytest.importorskip("triton")
     from prefixquant.kernels.gemm.kernel import linear_kernel, tiling
 
-    tile = tiling(2048)
+    tile = tiling(rows, torch.float32 if x_type == "*fp32" else torch.int8)
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"PACKED": packed, "INTEGER": x_type == "*i8", "X_SCALE": 1, "BIAS": False, "GROUP": 8, **tile}
     types = [x_type, "*fp32", weight_type, "*fp32", "*bf16", "*bf16", "i32", "i32", "i32"]
-    assert instruction in compiled_for_hopper(linear_kernel, types, constants, options)
+    ptx = compiled_for_hopper(linear_kernel, types, constants, options)
+    assert rows == 16 or instruction.replace("m64n128", f"m64n{min(tile['BN'], 128)}") in ptx
 
 
-FLAGS = {"X_SCALE": 2, "BIAS": True, "ADDED": True, "ASM": True}
+FLAGS = {"X_SCALE": 2, "BIAS": True, "ADDED": True, "ASM": True, "OVERLAP": 0}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +174,7 @@ def test_one_row_compiles_to_products_of_four_bytes():
     tile = dict(VECTOR_TILE)
     options = {"num_warps": tile.pop("num_warps")}
     types = ["*i32", "*fp32", "*i32", "*fp32", "*bf16", "*bf16", "*bf16", "i32", "i32"]
-    ptx = compiled_for_hopper(vector_kernel, types, FLAGS | {"OVERLAP": False} | tile, options)
+    ptx = compiled_for_hopper(vector_kernel, types, FLAGS | tile, options)
     threads = 32 * options["num_warps"]
     assert ptx.count("dp4a.u32.s32") == 2 * tile["BN"] * tile["BW"] // threads  # two a word
     assert "ld.global.v4.b32" in ptx

