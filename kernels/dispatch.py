@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of values that kernels take and give."""
+
+VALUE_TYPES_TEXT = "float32, bfloat16 or float16 (float64 on the CPU or within `references()`)"
+
 _REFERENCES: ContextVar[bool] = ContextVar("references", default=False)
 _OVERLAP: ContextVar[bool] = ContextVar("overlap", default=False)
 
@@ -18,6 +23,12 @@ def uses_triton(x: Tensor) -> bool:
     """Return whether operators on x run as Triton kernels: x is on a GPU, Triton is installed, and no `references()`
     is around."""
     return x.is_cuda and not _REFERENCES.get() and _has_triton()
+
+
+def takes_values(x: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether operators on x take or give values of a type: one of `VALUE_TYPES`, or float64 where references
+    run, which then compute in it."""
+    return dtype in VALUE_TYPES or (dtype == torch.float64 and not uses_triton(x))
 
 
 def has_fp8(device: torch.device) -> bool:

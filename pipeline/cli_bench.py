@@ -26,11 +26,14 @@ def bench(
         typer.Option(help="Compare a folder's logits with its simulation on this text, and measure no time."),
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of 2048 tokens of the text.")] = 20,
+    exact_windows: Annotated[
+        int, typer.Option(min=0, help="Of these, the first ones compared in float64 as well. 0: none.")
+    ] = 4,
     as_json: JsonOption = False,
 ) -> None:
     """Measure prompts, decoding and memory on a GPU, after checking every operator against its reference."""
     if text is not None:
-        _faithful(model, text, windows, as_json)
+        _faithful(model, text, windows, exact_windows, as_json)
         return
     from prefixquant.tasks.runtime.bench import BenchConfig
     from prefixquant.tasks.runtime.bench import bench as measure
@@ -48,12 +51,12 @@ def bench(
         print(json.dumps(report.figures))
 
 
-def _faithful(model: str, text: str, windows: int, as_json: bool) -> None:
+def _faithful(model: str, text: str, windows: int, exact_windows: int, as_json: bool) -> None:
     import torch
     from transformers import AutoTokenizer
 
     from prefixquant.tasks.export import is_exported
-    from prefixquant.tasks.runtime.faithful import compare_with_simulation
+    from prefixquant.tasks.runtime.faithful import Exactness, Faithfulness, compare_exactly, compare_with_simulation
     from prefixquant.tasks.texts import TextConfig, cut_windows, read_documents, tokenize
 
     folder = Path(model)
@@ -62,10 +65,11 @@ def _faithful(model: str, text: str, windows: int, as_json: bool) -> None:
     tokens = tokenize(AutoTokenizer.from_pretrained(folder), read_documents(TextConfig(source=text)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cut = cut_windows(tokens, 2048, windows, where="--windows")
-    found = {
-        str(dtype).removeprefix("torch."): compare_with_simulation(folder, cut, device=device, dtype=dtype)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+    found: dict[str, Exactness | Faithfulness] = {}
+    if exact_windows:
+        found["float64"] = compare_exactly(folder, cut[:exact_windows], device=device)
+    for name in ("float32", "bfloat16"):
+        found[name] = compare_with_simulation(folder, cut, device=device, dtype=getattr(torch, name))
     if as_json:
         print(json.dumps({name: each.to_json() for name, each in found.items()}))
     else:

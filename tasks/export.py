@@ -74,11 +74,19 @@ def is_exported(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file()
 
 
-def load_quantized(folder: str | Path, *, device: str | torch.device | Sequence[torch.device] = "cpu") -> Any:
+def load_quantized(
+    folder: str | Path,
+    *,
+    device: str | torch.device | Sequence[torch.device] = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Any:
     """Return the quantized model in an exported folder as a transformers model, fake-quantized, prefix attached.
 
     `model(input_ids)` and `model.generate(input_ids)` put the prefix in front by themselves. To pass a cache of your
     own take one from `prefix_cache_for(model, batch_size)`. Several devices share the blocks, see `build_model`.
+
+    `dtype`: of weights and of what flows between them; None: the folder's. In float64 everything is computed in it,
+    but for the rotary embedding's cos and sin and the scales of tokens, which are float32.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -89,7 +97,7 @@ def load_quantized(folder: str | Path, *, device: str | torch.device | Sequence[
     config = read_config(folder)
     family = find_family(config.model_type)
     quantize = read_quantize_config(description["quantize"])
-    dtype = getattr(torch, description["dtype"])
+    dtype = getattr(torch, description["dtype"]) if dtype is None else dtype
     shapes = block_shapes(config, 0)
 
     def blocks() -> Iterator[tuple[dict[str, Tensor], Sites]]:
@@ -106,8 +114,8 @@ def load_quantized(folder: str | Path, *, device: str | torch.device | Sequence[
         config,
         family,
         blocks(),
-        Ends(*(stored[f"{name}.weight"] for name in (family.embedding, family.final_norm, family.head))),
-        None if prefix is None else (prefix["keys"], prefix["values"]),
+        Ends(*(stored[f"{name}.weight"].to(dtype) for name in (family.embedding, family.final_norm, family.head))),
+        None if prefix is None else (prefix["keys"].to(dtype), prefix["values"].to(dtype)),
         quantize=quantize,
         transforms=OnlineTransforms(**description["transforms"]),
         devices=devices,

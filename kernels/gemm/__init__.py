@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixquant.kernels.dispatch import call, uses_triton
+from prefixquant.kernels.dispatch import VALUE_TYPES_TEXT, call, takes_values, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.workspace import one
 
@@ -13,7 +13,6 @@ from .reference import add_channels_reference, linear_reference
 __all__ = ["add_channels", "quantized_linear", "quantized_products"]
 
 _CODES = (torch.int8, torch.float8_e4m3fn)
-_VALUES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_ROWS = 64
 """Rows up to which reading the weights is what takes time."""
 
@@ -34,18 +33,19 @@ def quantized_linear(
     2^18 products of at most 64 fit without rounding. What is added meets a product that is rounded to `dtype` already.
 
     Args:
-        x: [..., K] contiguous: codes as int8 or float8_e4m3fn, or for W4A16 values in bfloat16, float16 or float32.
+        x: [..., K] contiguous: codes as int8 or float8_e4m3fn, or for W4A16 values in bfloat16, float16 or float32, or
+            in float64 where the reference runs.
         x_scale: float32, a scalar or one a token [..., 1]; None for W4A16.
         weight: packed uint8 [N, K / 2] (`kernels.int4`), or codes [N, K] of x's type.
         weight_scale: float32 [N].
         bias: [N].
         added: [..., N] in `dtype`, contiguous.
-        dtype: of the result.
+        dtype: of the result; float64 where the reference runs, which then computes in it.
 
     Raises:
         KernelInputError: types, shapes, strides or devices do not fit.
     """
-    _check(x, x_scale, weight, weight_scale, bias)
+    _check(x, x_scale, weight, weight_scale, bias, dtype)
     if added is not None and (added.shape != (*x.shape[:-1], weight.shape[0]) or added.dtype != dtype):
         raise KernelInputError(
             f"added must be {(*x.shape[:-1], weight.shape[0])} {dtype}, got {tuple(added.shape)} {added.dtype}"
@@ -130,7 +130,7 @@ def quantized_products(x: Tensor, x_scale: Tensor, weight: Tensor, *, dtype: tor
     Raises:
         KernelInputError: types, shapes, strides or devices do not fit.
     """
-    _check(x, x_scale, weight, x_scale.new_empty(weight.shape[0]), None)
+    _check(x, x_scale, weight, x_scale.new_empty(weight.shape[0]), None, dtype)
     if x.dtype != torch.float8_e4m3fn or x_scale.numel() != 1:
         raise KernelInputError(
             f"quantized_products needs x as float8_e4m3fn and one scale, got {x.dtype} and {tuple(x_scale.shape)}"
@@ -167,16 +167,17 @@ def add_channels(added: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """Return added + round(y * scale), what `quantized_products` gave finished and added to, in added's type.
 
     Args:
-        added: [..., N] contiguous, float32, bfloat16 or float16.
+        added: [..., N] contiguous, float32, bfloat16 or float16, or float64 where the reference runs.
         y: likewise, of its type.
         scale: float32 [N].
 
     Raises:
         KernelInputError: types, shapes, strides or devices do not fit.
     """
-    if added.shape != y.shape or added.dtype != y.dtype or y.dtype not in _VALUES:
+    if added.shape != y.shape or added.dtype != y.dtype or not takes_values(y, y.dtype):
         raise KernelInputError(
-            f"add_channels needs two alike, got {tuple(added.shape)} {added.dtype} and {tuple(y.shape)} {y.dtype}"
+            f"add_channels needs two alike in {VALUE_TYPES_TEXT}, got {tuple(added.shape)} {added.dtype} and "
+            f"{tuple(y.shape)} {y.dtype}"
         )
     if scale.shape != y.shape[-1:] or scale.dtype != torch.float32:
         raise KernelInputError(f"scale must be float32 [{y.shape[-1]}], got {tuple(scale.shape)} {scale.dtype}")
@@ -200,9 +201,20 @@ def _(added: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(y)
 
 
-def _check(x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    if x.dtype not in (*_CODES, *_VALUES):
-        raise KernelInputError(f"quantized_linear takes x as {', '.join(map(str, (*_CODES, *_VALUES)))}, got {x.dtype}")
+def _check(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    if x.dtype not in _CODES and not takes_values(x, x.dtype):
+        raise KernelInputError(
+            f"quantized_linear takes x as {', '.join(map(str, _CODES))}, {VALUE_TYPES_TEXT}, got {x.dtype}"
+        )
+    if not takes_values(x, dtype):
+        raise KernelInputError(f"quantized_linear gives {VALUE_TYPES_TEXT}, got dtype {dtype}")
     if (x.dtype in _CODES) == (x_scale is None):
         raise KernelInputError(f"quantized_linear needs x_scale with codes and none without, got x {x.dtype}")
     packed = weight.dtype == torch.uint8

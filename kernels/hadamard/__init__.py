@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prefixquant.kernels.dispatch import call, uses_triton
+from prefixquant.kernels.dispatch import VALUE_TYPES_TEXT, call, takes_values, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.quantize.reference import STORAGE
 
@@ -37,7 +37,7 @@ def hadamard_quantize(
     Every step is rounded to x's type as it would be on its own; codes and scale are those of `kernels.quantize`.
 
     Args:
-        x: [..., n], last axis contiguous, float32, bfloat16 or float16.
+        x: [..., n], last axis contiguous, float32, bfloat16 or float16, or float64 where the reference runs.
         up: of x's shape and type; x then is the gate of a SwiGLU (arXiv:2002.05202, equation 6).
         scale: float32 scalar; None: a scale a token.
         clip_ratio: float32 scalar, only without `scale`.
@@ -115,9 +115,9 @@ def _check(
     bits: int,
     layout: str,
 ) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.ndim < 2 or x.stride(-1) != 1:
+    if not takes_values(x, x.dtype) or x.ndim < 2 or x.stride(-1) != 1:
         raise KernelInputError(
-            f"hadamard_quantize needs [..., n] in float32, bfloat16 or float16, the last axis contiguous, got "
+            f"hadamard_quantize needs [..., n] in {VALUE_TYPES_TEXT}, the last axis contiguous, got "
             f"{tuple(x.shape)} {x.dtype} with strides {x.stride()}"
         )
     if up is not None and (up.shape != x.shape or up.dtype != x.dtype or up.device != x.device or up.stride(-1) != 1):

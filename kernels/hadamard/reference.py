@@ -125,7 +125,7 @@ def hadamard_quantize_reference(
     """Return codes and scale as `hadamard_quantize` does."""
     if channel_scale is not None:
         n = x.shape[-1]
-        x = (x.float() * channel_scale[:n]).to(x.dtype)
-        up = None if up is None else (up.float() * channel_scale[n:]).to(up.dtype)
+        x = (x * channel_scale[:n]).to(x.dtype)  # in float32 at least, as the scales are
+        up = None if up is None else (up * channel_scale[n:]).to(up.dtype)
     transformed = hadamard_transform_reference(x if up is None else F.silu(x) * up)
     return quantize_reference(transformed, scale, clip_ratio, None, 0.0, bits, layout)

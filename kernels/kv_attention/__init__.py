@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixquant.kernels.dispatch import call, uses_triton
+from prefixquant.kernels.dispatch import VALUE_TYPES_TEXT, call, takes_values, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 from prefixquant.kernels.quantize import quantize
 
@@ -12,7 +12,6 @@ from .reference import attention_reference, split_reference
 
 __all__ = ["kv_attention", "split_heads"]
 
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLASH_TOKENS = 128
 """Queries from which on dequantizing the whole cache for flash attention pays."""
 
@@ -36,7 +35,8 @@ def split_heads(
     a head (R3).
 
     Args:
-        x: [B, T, (heads + 2 H) C], contiguous, float32, bfloat16 or float16: queries, keys and values side by side.
+        x: [B, T, (heads + 2 H) C], contiguous, float32, bfloat16 or float16, or float64 where the reference runs:
+            queries, keys and values side by side.
         cos: [B or 1, T, C] of x's type, both halves of the last axis equal, as transformers computes them.
         sin: likewise.
         scales: of keys and of values, float32 [H], a scale a head.
@@ -53,10 +53,10 @@ def split_heads(
     Raises:
         KernelInputError: types, shapes, strides or devices do not fit.
     """
-    if x.dtype not in _TYPES or x.ndim != 3 or not x.is_contiguous():
+    if not takes_values(x, x.dtype) or x.ndim != 3 or not x.is_contiguous():
         raise KernelInputError(
-            f"split_heads needs contiguous [B, T, channels] in float32, bfloat16 or float16, got {tuple(x.shape)} "
-            f"{x.dtype} with strides {x.stride()}"
+            f"split_heads needs contiguous [B, T, channels] in {VALUE_TYPES_TEXT}, got {tuple(x.shape)} {x.dtype} with "
+            f"strides {x.stride()}"
         )
     batch, tokens, width = x.shape
     if caches[0].ndim != 4 or caches[0].shape != caches[1].shape:
@@ -167,8 +167,8 @@ def kv_attention(
     from `start` to its own. A query before its `start` (padding) sees the prefix alone.
 
     Args:
-        query: [B, heads, T, C], contiguous, float32, bfloat16 or float16; C 32, 64 or 128 (on the CPU 16
-            as well).
+        query: [B, heads, T, C], contiguous, float32, bfloat16 or float16, or float64 where the reference runs; C 32,
+            64 or 128 (on the CPU 16 as well).
         keys: uint8 [B, H, S, C / 2] (`kernels.int4`), those of the T tokens included; heads a multiple of H.
         values: likewise.
         key_scale: float32 [H].
@@ -186,10 +186,10 @@ def kv_attention(
     Raises:
         KernelInputError: types, shapes, strides or devices do not fit.
     """
-    if query.dtype not in _TYPES or query.ndim != 4 or not query.is_contiguous():
+    if not takes_values(query, query.dtype) or query.ndim != 4 or not query.is_contiguous():
         raise KernelInputError(
-            f"kv_attention needs a contiguous query [B, heads, T, C] in float32, bfloat16 or float16, got "
-            f"{tuple(query.shape)} {query.dtype} with strides {query.stride()}"
+            f"kv_attention needs a contiguous query [B, heads, T, C] in {VALUE_TYPES_TEXT}, got {tuple(query.shape)} "
+            f"{query.dtype} with strides {query.stride()}"
         )
     batch, heads, tokens, channels = query.shape
     kv_heads = keys.shape[1] if keys.ndim == 4 else 0

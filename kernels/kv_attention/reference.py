@@ -16,8 +16,8 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, hadamard: bool) -> Ten
 
 
 def pack_heads_reference(x: Tensor, scale: Tensor) -> Tensor:
-    """Return x [B, H, T, C] as packed codes [B, H, T, C / 2], a scale a head [H]."""
-    codes = torch.clamp(torch.round(x.float() / scale.view(-1, 1, 1)), -8, 7)
+    """Return x [B, H, T, C] as packed codes [B, H, T, C / 2], a float32 scale a head [H]."""
+    codes = torch.clamp(torch.round(x / scale.view(-1, 1, 1)), -8, 7)
     return pack_int4(codes)
 
 
@@ -37,7 +37,7 @@ def split_reference(
     batch, tokens, width = x.shape
     kv_heads, channels = caches[0].shape[1], 2 * caches[0].shape[3]
     if channel_scale is not None:
-        x = (x.float() * channel_scale).to(x.dtype)
+        x = (x * channel_scale).to(x.dtype)  # in float32 at least, as the scales are
     heads = x.view(batch, tokens, width // channels, channels).transpose(1, 2)
     query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if gains is not None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prefixquant.kernels.dispatch import call, uses_triton
+from prefixquant.kernels.dispatch import VALUE_TYPES_TEXT, call, takes_values, uses_triton
 from prefixquant.kernels.errors import KernelInputError
 
 from .reference import STORAGE, quantize_reference
@@ -26,9 +26,9 @@ def quantize(
     With `gain`, x is replaced by RMSNorm(x) * gain first, rounded to x's type (arXiv:1910.07467, equation 4).
 
     Args:
-        x: [..., K], K even, last axis contiguous; float32, bfloat16 or float16.
+        x: [..., K], K even, last axis contiguous; float32, bfloat16 or float16, or float64 where the reference runs.
         scale: float32 scalar for all tokens; None: a scale a token, 2 clip_ratio max|x| / (2^b - 1), returned as
-            [..., 1].
+            [..., 1], float32 for every x.
         clip_ratio: float32 scalar; only without `scale`. None: 1.
         gain: [K] of x's type.
         eps: of the norm.
@@ -86,8 +86,8 @@ def _(
 def _check(
     x: Tensor, scale: Tensor | None, clip_ratio: Tensor | None, gain: Tensor | None, bits: int, layout: str
 ) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise KernelInputError(f"quantize needs float32, bfloat16 or float16, got {x.dtype}")
+    if not takes_values(x, x.dtype):
+        raise KernelInputError(f"quantize needs {VALUE_TYPES_TEXT}, got {x.dtype}")
     if x.ndim < 2 or x.shape[-1] % 2 or x.stride(-1) != 1:
         raise KernelInputError(
             f"quantize needs [..., K] with K even and contiguous, got {tuple(x.shape)} with strides {x.stride()}"

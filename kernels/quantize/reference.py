@@ -22,10 +22,10 @@ def quantize_reference(
     """Return codes and scale as `quantize` does, `scale` None: one a token."""
     if gain is not None:
         x = F.rms_norm(x, gain.shape, gain, eps)
-    values = x.float()
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
     if scale is None:
         assert clip_ratio is not None
-        low, high = values.amin(-1, keepdim=True) * clip_ratio, values.amax(-1, keepdim=True) * clip_ratio
+        low, high = (each.float() * clip_ratio for each in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))
         scale = (2 * torch.maximum(low.abs(), high.abs()) / (2**bits - 1)).clamp_min(1e-8)
     codes = torch.clamp(torch.round(values / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     if layout == "int4":

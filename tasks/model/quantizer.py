@@ -44,7 +44,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric:
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return x rounded to its quantization grid, in `dtype` or else x's; computed in float32.
+    """Return x rounded to its quantization grid, in `dtype` or else x's; computed in float32, of float64 in float64.
 
     Gradients reach x, scale and an asymmetric grid's zero point, which is rounded (`kernels/fake_quantize`).
     """
@@ -101,7 +101,7 @@ class SiteQuantizer(nn.Module):
         return x.unflatten(-1, (-1, self.spec.group_size)) if self.spec.group_size else x
 
     def token_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the smallest and largest value of each token (and head or group) of the grouped tensor."""
+        """Return the smallest and largest value of each token (and head or group) of the grouped tensor, float32."""
         dims = (1, 3) if self.heads is not None and self.spec.granularity == "token" else (-1,)
         return x.amin(dims, keepdim=True).float(), x.amax(dims, keepdim=True).float()
 
@@ -167,9 +167,9 @@ class QuantizedWeight:
     zero_point: Tensor
     """[R, G, 1] float32, whole numbers; zeros if symmetric."""
 
-    def dequantize(self, spec: WeightSpec) -> Tensor:
-        """Return the weight [O, I], float32."""
-        groups = weight_groups(self.codes.float(), spec)
+    def dequantize(self, spec: WeightSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight [O, I] in float32, or in float64, which holds the products of codes and scales exactly."""
+        groups = weight_groups(self.codes.to(dtype), spec)
         return ((groups - self.zero_point) * self.scale).reshape(self.codes.shape)
 
 

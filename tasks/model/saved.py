@@ -102,7 +102,9 @@ def block_weights(
         role = name.removesuffix(".weight")
         if f"{prefix}{role}.weight_packed" in tensors:
             assert spec is not None
-            weights[name] = unpack_weight(tensors, prefix + role, shape, spec, device).dequantize(spec).to(dtype)
+            exact = torch.promote_types(dtype, torch.float32)
+            weight = unpack_weight(tensors, prefix + role, shape, spec, device)
+            weights[name] = weight.dequantize(spec, exact).to(dtype)
         else:
             weights[name] = tensors[prefix + name].to(device=device, dtype=dtype)
     sites: Sites = {}

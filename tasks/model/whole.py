@@ -62,6 +62,8 @@ def build_model(
     for index, (layer, (weights, sites)) in enumerate(zip(layers, blocks, strict=True)):
         device = placed[f"{family.blocks}.{index}"]
         layer.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
+        if ends.embedding.dtype == torch.float64:
+            _norm_heads_in_float64(layer.get_submodule(family.attention), config.rms_norm_eps)
         install_sites(layer, config, family, transforms=transforms, quantize=quantize)
         load_sites(sites_of(layer, family), sites, device)
     for name, tensor in ((family.embedding, ends.embedding), (family.head, ends.head)):
@@ -79,6 +81,13 @@ def build_model(
     from accelerate import dispatch_model  # the only need for it
 
     return dispatch_model(model, placed, skip_keys=model._skip_keys_device_placement, force_hooks=True)
+
+
+def _norm_heads_in_float64(attention: Any, eps: float) -> None:
+    """Replace an attention's norms of query and key heads, if it has them: transformers' compute in float32."""
+    for name in ("q_norm", "k_norm"):
+        if hasattr(attention, name):
+            setattr(attention, name, SiteNorm(getattr(attention, name).weight.data, eps, None))
 
 
 def holds_prefix(model: Any) -> bool:

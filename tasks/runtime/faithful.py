@@ -1,8 +1,11 @@
 """How faithful the runtime is to the simulation that was evaluated (`prefixquant bench FOLDER --text FILE`).
 
-Two computations of one 4-bit model that round differently anywhere soon have nothing but their statistics in common: a
-value on the edge between two codes tips over, what it changes tips others, and after a few hundred tokens over thirty
-blocks the two are as far apart as two samples of the quantization noise. So three things are told:
+In float64 both compute the same: `compare_exactly` runs each on its own, the runtime by its operators' references, and
+finds the same logits. With fewer bits, two computations of one 4-bit model that round differently anywhere soon have
+nothing but their statistics in common: a value on the edge between two codes tips over, what it changes tips others,
+and after a few hundred tokens over thirty blocks the two are as far apart as two samples of the quantization noise. In
+float64 no value lies so close to an edge. So `compare_with_simulation`, for the kernels and types that are used, tells
+three things:
 
 - block by block, each block of the runtime given what the simulation gives it: the difference that the runtime makes;
 - run on their own, as they are used;
@@ -22,11 +25,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefixquant.kernels.dispatch import references
 from prefixquant.tasks.export import load_quantized
 from prefixquant.tasks.runtime.model import QuantizedCausalLM
 
 CHANGE = 1e-6
 """Relative change of the embeddings in the simulation that is compared with itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exactness:
+    """What simulation and runtime have in common in float64, each running on its own."""
+
+    tokens: int
+    same_argmax: float
+    """Share of tokens with the same most likely next token."""
+
+    logit_error: float
+    """Largest difference of two logits, over the root mean square of a window's."""
+
+    ppl_simulation: float
+    ppl_runtime: float
+
+    def to_json(self) -> dict[str, float]:
+        """Return it as JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Return it in lines."""
+        change = self.ppl_runtime / self.ppl_simulation - 1
+        return (
+            f"{self.tokens} tokens, on their own: same argmax on {self.same_argmax:.3%}, largest logit error "
+            f"{self.logit_error:.1e}\n"
+            f"  perplexity {self.ppl_runtime:.10f} against {self.ppl_simulation:.10f} in the simulation ({change:+.1e})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +101,23 @@ class Faithfulness:
 
 
 @torch.inference_mode()
+def compare_exactly(folder: Path, windows_NT: Tensor, *, device: torch.device) -> Exactness:
+    """Compare the runtime with the simulation, both in float64; the operators of both run as their references."""
+    simulation = load_quantized(folder, device=device, dtype=torch.float64)
+    runtime = QuantizedCausalLM.load(folder, device=device, dtype=torch.float64)
+    runtime.recording = False  # graphs hold kernels
+    same, losses, errors = 0, [0.0, 0.0], []
+    for window_T in windows_NT.to(device):
+        with references():
+            logits = [model(input_ids=window_T.unsqueeze(0)).logits[0] for model in (simulation, runtime)]
+        wanted_TV, found_TV = logits
+        same += int((found_TV.argmax(-1) == wanted_TV.argmax(-1)).sum())
+        errors.append(float((found_TV - wanted_TV).abs().max() / wanted_TV.square().mean().sqrt()))
+        losses = [before + _loss(each_TV, window_T) for before, each_TV in zip(losses, logits, strict=True)]
+    return Exactness(windows_NT.numel(), same / windows_NT.numel(), max(errors), *_perplexities(losses, windows_NT))
+
+
+@torch.inference_mode()
 def compare_with_simulation(
     folder: Path, windows_NT: Tensor, *, device: torch.device, dtype: torch.dtype
 ) -> Faithfulness:
@@ -97,10 +146,18 @@ def compare_with_simulation(
         for index, each_TV in enumerate((added_TV, free_TV, control_TV)):
             same[index] += int((each_TV.argmax(-1) == best_T).sum())
         for index, each_TV in enumerate((wanted_TV, free_TV, control_TV)):
-            losses[index] += float(F.cross_entropy(each_TV[:-1], window_T[1:], reduction="sum").double())
+            losses[index] += _loss(each_TV, window_T)
     shares = [each / windows_NT.numel() for each in same]
-    ppls = [math.exp(each / (windows_NT.numel() - len(windows_NT))) for each in losses]
-    return Faithfulness(windows_NT.numel(), shares[0], max(errors), *shares[1:], *ppls)
+    return Faithfulness(windows_NT.numel(), shares[0], max(errors), *shares[1:], *_perplexities(losses, windows_NT))
+
+
+def _loss(logits_TV: Tensor, window_T: Tensor) -> float:
+    """Return the sum of the window's losses, of all tokens but the first."""
+    return float(F.cross_entropy(logits_TV[:-1], window_T[1:], reduction="sum"))
+
+
+def _perplexities(losses: list[float], windows_NT: Tensor) -> list[float]:
+    return [math.exp(each / (windows_NT.numel() - len(windows_NT))) for each in losses]
 
 
 @contextmanager

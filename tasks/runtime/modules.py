@@ -47,7 +47,7 @@ class Product(NamedTuple):
         """Return the values with their scales."""
         if self.channel_scale is None:
             return self.values
-        return (self.values.float() * self.channel_scale).to(self.values.dtype)
+        return (self.values * self.channel_scale).to(self.values.dtype)
 
 
 class InputSite(nn.Module):

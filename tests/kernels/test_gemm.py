@@ -106,7 +106,7 @@ def test_wrong_input_of_products_is_refused_before_anything_runs(change, message
     [
         ({"added": torch.zeros(3, 5)}, "two alike"),
         ({"added": torch.zeros(3, 6).bfloat16()}, "two alike"),
-        ({"added": torch.zeros(3, 6).double(), "y": torch.zeros(3, 6).double()}, "two alike"),
+        ({"added": torch.zeros(3, 6).int(), "y": torch.zeros(3, 6).int()}, "two alike"),
         ({"scale": torch.ones(3)}, r"scale must be float32 \[6\]"),
         ({"scale": torch.ones(6).double()}, r"scale must be float32 \[6\]"),
         ({"scale": torch.ones(1).expand(6)}, "contiguous"),

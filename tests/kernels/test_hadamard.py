@@ -112,7 +112,7 @@ def test_channel_scales_finish_gate_and_up_where_they_lie():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(4, 8).double()}, "float32, bfloat16 or float16"),
+        ({"x": torch.zeros(4, 8).int()}, "float32, bfloat16 or float16"),
         ({"x": torch.zeros(8)}, "float32, bfloat16 or float16"),
         ({"x": torch.zeros(8, 4).T}, "last axis contiguous"),
         ({"up": torch.zeros(8, 4).T}, "like x"),

@@ -126,7 +126,7 @@ def test_channel_scales_and_norms_come_before_the_rotary_embedding():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": heads(2, 4, 3, 16).double()}, "contiguous query"),
+        ({"query": heads(2, 4, 3, 16).int()}, "contiguous query"),
         ({"query": heads(2, 3, 4, 16).transpose(1, 2)}, "contiguous query"),
         ({"query": heads(2, 3, 3, 16)}, "dividing the query's"),
         ({"query": heads(2, 4, 3, 24)}, "32, 64 or 128"),
@@ -164,7 +164,7 @@ def caches(*shape, device=None):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": heads(2, 3, 80).double()}, "contiguous"),
+        ({"x": heads(2, 3, 80).int()}, "contiguous"),
         ({"x": heads(6, 80)}, r"\[B, T, channels\]"),
         ({"x": heads(3, 2, 80).transpose(0, 1)}, "contiguous"),
         ({"x": heads(2, 3, 72)}, "got 72 channels"),

@@ -62,6 +62,17 @@ def test_reloaded_model_gives_the_logits_of_the_block_chain(tmp_path, case):
     assert tiny.relative_error(found.float(), wanted.float()) < (1e-5 if wanted.dtype == torch.float32 else 2e-2)
 
 
+def test_in_float64_weights_are_codes_times_scales_without_rounding(static, loaded):
+    exact = load_quantized(static.folder, dtype=torch.float64)
+    rounded = False
+    for (name, wanted), found in zip(loaded.named_parameters(), exact.parameters(), strict=True):
+        assert found.dtype == torch.float64
+        assert torch.equal(found.float(), wanted), name
+        rounded |= not torch.equal(found, wanted.double())
+    assert rounded
+    assert exact(input_ids=tiny.random_ids(2, 8)).logits.dtype == torch.float64
+
+
 def test_weights_off_and_no_prefix_reload_as_the_original_model(tmp_path):
     exported = Exported(tmp_path, *CASES["llama-off"])
     assert not (exported.folder / PREFIX_FILE).exists()

@@ -12,6 +12,7 @@ from prefixquant.tasks.export import load_quantized
 from prefixquant.tasks.model.cache import cache_name
 from prefixquant.tasks.model.sites import head_size
 from prefixquant.tasks.runtime import QuantizedCausalLM
+from prefixquant.tasks.runtime.faithful import compare_exactly
 
 PREFIX = {"prefix": {"tokens": [5, 7, tiny.BOS]}}
 TOKEN = {"mode": "dynamic", "granularity": "token"}
@@ -67,6 +68,15 @@ def test_blocks_give_what_the_simulation_gives_on_the_same_input(exported, model
         # token at a clipping ratio of 1 puts the token's largest value, 7.5 steps, on an edge itself.
         at_edges = any(name.endswith("clip_ratio") and float(each) == 1 for name, each in simulation.named_buffers())
         assert close.float().mean() > (0.8 if at_edges else 0.95)
+
+
+def test_in_float64_it_gives_the_logits_of_the_simulation(exported):
+    found = compare_exactly(exported.folder, tiny.random_ids(3, 40), device=torch.device("cpu"))
+    assert found.same_argmax == 1.0
+    # Sums in another order, and no value so near the edge between two codes that this takes it across. A scale a token
+    # is float32 in both, so that the token's largest value is off the edge of 7.5 steps by the scale's own rounding.
+    assert found.logit_error < 1e-12
+    assert found.ppl_runtime == pytest.approx(found.ppl_simulation, rel=1e-12)
 
 
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(model):

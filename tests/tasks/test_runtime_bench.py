@@ -11,7 +11,7 @@ from prefixquant.tasks.errors import ConfigError
 from prefixquant.tasks.model.shapes import ModelShape
 from prefixquant.tasks.runtime.bench import BenchConfig, bench
 from prefixquant.tasks.runtime.check import OperatorCheck, difference
-from prefixquant.tasks.runtime.faithful import compare_with_simulation
+from prefixquant.tasks.runtime.faithful import compare_exactly, compare_with_simulation
 from prefixquant.tasks.runtime.graphs import _filled_up
 from prefixquant.tasks.runtime.model import QuantizedCausalLM
 from prefixquant.tasks.runtime.random_model import RandomSource
@@ -81,7 +81,7 @@ def test_the_runtime_is_faithful_to_the_simulation(tmp_path):
     assert "same argmax on" in str(found)
 
 
-def test_a_runtime_that_computes_something_else_is_seen_block_by_block(tmp_path, monkeypatch):
+def test_a_runtime_that_computes_something_else_is_seen(tmp_path, monkeypatch):
     exported = Exported(tmp_path, "llama", {"prefix": {"tokens": [5, 7, tiny.BOS]}})
     load = QuantizedCausalLM.load
 
@@ -95,6 +95,10 @@ def test_a_runtime_that_computes_something_else_is_seen_block_by_block(tmp_path,
     found = compare_with_simulation(exported.folder, tiny.random_ids(3, 32), device=cpu, dtype=torch.float32)
     assert found.same_argmax < 1.0
     assert found.block_error > 0.1
+    exact = compare_exactly(exported.folder, tiny.random_ids(3, 32), device=cpu)
+    assert exact.logit_error > 0.01
+    assert exact.ppl_runtime != pytest.approx(exact.ppl_simulation, rel=1e-4)
+    assert "same argmax on" in str(exact)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU says")

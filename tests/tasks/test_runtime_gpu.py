@@ -10,7 +10,7 @@ from exported import Exported
 from prefixquant.kernels.dispatch import references
 from prefixquant.tasks.model.cache import cache_name
 from prefixquant.tasks.runtime import QuantizedCausalLM
-from prefixquant.tasks.runtime.faithful import given_streams, seen_streams
+from prefixquant.tasks.runtime.faithful import compare_exactly, given_streams, seen_streams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -138,6 +138,13 @@ def test_kernels_give_the_logits_of_the_references_on_the_same_gpu(exported):
     with references():
         wanted = model(input_ids=ids).logits.cpu()
     assert relative_error(model(input_ids=ids).logits, wanted) < 0.05
+
+
+@pytest.mark.parametrize("tokens", [24, 300])
+def test_in_float64_the_references_give_the_logits_of_the_simulation(exported, tokens):
+    found = compare_exactly(exported.folder, tiny.random_ids(2, tokens), device=torch.device("cuda"))
+    assert found.same_argmax == 1.0
+    assert found.logit_error < 1e-9
 
 
 def test_generated_tokens_are_those_of_the_references(exported):
