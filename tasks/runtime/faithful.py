@@ -30,7 +30,8 @@ from prefixquant.tasks.export import load_quantized
 from prefixquant.tasks.runtime.model import QuantizedCausalLM
 
 CHANGE = 1e-6
-"""Relative change of the embeddings in the simulation that is compared with itself."""
+"""Relative change of each value of the embeddings, times a normal number, in the simulation that is compared with
+itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,11 @@ def given_streams(model: Any, streams: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _changed_embeddings(model: Any) -> Iterator[None]:
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, output: output * (1 + CHANGE))
+    def change(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        generator = torch.Generator(output.device).manual_seed(0)
+        return output * (1 + CHANGE * torch.randn(output.shape, generator=generator, device=output.device))
+
+    handle = model.get_input_embeddings().register_forward_hook(change)
     try:
         yield
     finally:
