@@ -29,9 +29,10 @@ OVERLAPPED_TOKENS = 16
 
 def launch_flags(x: Tensor, tokens: int, brief: bool = False) -> dict[str, int | bool]:
     """Return what a launch on x's device, for so many tokens, adds to its arguments: OVERLAP, and Triton's option if
-    it is set. `brief`: a kernel of few programs, one a token at most."""
-    capable = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    if tokens > OVERLAPPED_TOKENS or not capable or not wants_overlap():
+    it is set. `brief`: a kernel of few programs, a few a token."""
+    if tokens > OVERLAPPED_TOKENS or not wants_overlap() or not x.is_cuda:
+        return {"OVERLAP": 0}
+    if torch.cuda.get_device_capability(x.device) < (9, 0):
         return {"OVERLAP": 0}
     return {"OVERLAP": EARLY if brief or tokens == 1 else LATE, "launch_pdl": True}
 

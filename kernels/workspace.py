@@ -12,6 +12,8 @@ from torch import Tensor
 _Recorded = dict[tuple[torch.device, int], Tensor]
 _RECORDED: ContextVar[_Recorded | None] = ContextVar("recorded", default=None)
 
+_ONES: dict[torch.device, Tensor] = {}
+
 LEAST = 2**19
 """Integers at first, enough for most launches: a graph sets them to zero once, each larger piece once more."""
 
@@ -48,14 +50,15 @@ def zeros(device: torch.device, size: int) -> Tensor:
 
 def one(device: torch.device) -> Tensor:
     """Return a float32 one that nobody writes to."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _one.__wrapped__(device)  # set when the graph is replayed, so nobody else may have it
-    return _one(device)
-
-
-@cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+    found = _ONES.get(device)
+    if found is None:
+        found = torch.ones((), device=device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return found  # set when the graph is replayed, so nobody else may have it
+            torch.cuda.current_stream(device).synchronize()  # other streams may read it from now on
+        _ONES[device] = found
+    return found
 
 
 @cache

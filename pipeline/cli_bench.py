@@ -27,7 +27,7 @@ def bench(
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of 2048 tokens of the text.")] = 20,
     exact_windows: Annotated[
-        int, typer.Option(min=0, help="Of these, the first ones compared in float64 as well. 0: none.")
+        int, typer.Option(min=0, help="Of these, the first ones compared in float64 too, 8 bytes a weight. 0: none.")
     ] = 4,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,13 +65,15 @@ def _faithful(model: str, text: str, windows: int, exact_windows: int, as_json: 
     tokens = tokenize(AutoTokenizer.from_pretrained(folder), read_documents(TextConfig(source=text)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cut = cut_windows(tokens, 2048, windows, where="--windows")
-    found: dict[str, Exactness | Faithfulness] = {}
-    if exact_windows:
-        found["float64"] = compare_exactly(folder, cut[:exact_windows], device=device)
+    found: dict[str, dict[str, float]] = {}
+
+    def show(name: str, result: Exactness | Faithfulness) -> None:
+        found[name] = result.to_json()
+        print(f"{name}: {result}", file=sys.stderr if as_json else None, flush=True)
+
     for name in ("float32", "bfloat16"):
-        found[name] = compare_with_simulation(folder, cut, device=device, dtype=getattr(torch, name))
+        show(name, compare_with_simulation(folder, cut, device=device, dtype=getattr(torch, name)))
+    if exact_windows:
+        show("float64", compare_exactly(folder, cut[:exact_windows], device=device))
     if as_json:
-        print(json.dumps({name: each.to_json() for name, each in found.items()}))
-    else:
-        for name, each in found.items():
-            print(f"{name}: {each}")
+        print(json.dumps(found))

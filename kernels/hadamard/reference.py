@@ -89,7 +89,8 @@ def hadamard_matrix(
     with safe_open(known.REPO_PATH, framework="pt") as file:
         for order in factors:
             matrix = torch.kron(matrix, file.get_tensor(str(order)).to(torch.float64) / math.sqrt(order))
-    return (matrix.T if transposed else matrix).to(dtype=dtype, device=device).contiguous()
+    # The copy to a GPU comes last, and the host waits for it: kernels read the matrix before those in front are over.
+    return (matrix.T if transposed else matrix).to(dtype).contiguous().to(device)
 
 
 def hadamard_transform_reference(x: Tensor, *, transposed: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm and quantization of a row of activations in one program. M rows, K columns."""
+"""RMSNorm and quantization of a row of activations, or of any piece of them, in one program. M rows, K columns."""
 # Triton has no types, and its kernels cannot:
 # mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
 
@@ -34,7 +34,7 @@ def quantize_kernel(
     HIGH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Quantize one row; BLOCK covers half of it, the halves being what an int4 byte holds one each of."""
+    """Quantize one row or piece; BLOCK covers half of it, the halves being what an int4 byte holds one each of."""
     i = tl.program_id(0).to(tl.int64)
     half = K // 2
     o = tl.arange(0, BLOCK)

@@ -28,6 +28,7 @@ from prefixquant.tasks.runtime.random_model import RandomSource
 from prefixquant.tasks.runtime.source import FolderSource, Source
 
 LINEAR_ROWS = (1, 16, 2048)
+OVERLAPPED_BATCHES = (1, 16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,11 +96,9 @@ def bench(model: str, config: BenchConfig, say: Callable[[str], None] = print) -
         _linears(quantized, report, ok, kind)
         _memory(quantized, source, report)
         times = _whole(quantized, config, report, rate, "packed")
-        if 1 in config.batches:
-            name = "packed, launches one by one"
-            quantized.overlapping = False
-            _linears(quantized, report, ok, f"{kind}, {name}", rows=LINEAR_ROWS[:2])
-            times |= _decode(quantized, config, report, rate, name)
+        quantized.overlapping, name = False, "packed, launches one by one"
+        _linears(quantized, report, ok, f"{kind}, {name}", rows=LINEAR_ROWS[:2])
+        times |= _decode(quantized, config, report, rate, name)
         del quantized
         fast = QuantizedCausalLM.build(source, device, torch.bfloat16, fast_prompts=True)
         _linears(fast, report, ok, f"{kind}, weights as fp8 codes too", rows=(2048,))
@@ -244,10 +243,14 @@ def _prompt(model: Any, config: BenchConfig, report: BenchReport, name: str) -> 
 
 def _takes_the_same_steps(model: Any, report: BenchReport, steps: int = 20) -> bool:
     """Return whether steps with launches overlapped, as they are, give the logits of launches one by one."""
-    ids = _ids(model.config, 1, 64 + steps)
+    same = all(_takes_the_same(model, _ids(model.config, batch, 64 + steps), steps) for batch in OVERLAPPED_BATCHES)
+    report.figure("check/overlapped", same, f"overlapped launches give the same {steps} steps, to the bit: {same}")
+    return same
 
+
+def _takes_the_same(model: Any, ids: Tensor, steps: int) -> bool:
     def take() -> list[Tensor]:
-        cached = {cache_name(model.base_model): model.new_cache(1)}
+        cached = {cache_name(model.base_model): model.new_cache(len(ids))}
         model.forward(input_ids=ids[:, :64], **cached)
         return [model(input_ids=ids[:, 64 + index, None], **cached).logits.clone() for index in range(steps)]
 
@@ -255,7 +258,6 @@ def _takes_the_same_steps(model: Any, report: BenchReport, steps: int = 20) -> b
     model.overlapping = False
     same = all(torch.equal(*pair) for pair in zip(found, take(), strict=True))
     model.overlapping = True
-    report.figure("check/overlapped", same, f"overlapped launches give the same {steps} steps, to the bit: {same}")
     return same
 
 

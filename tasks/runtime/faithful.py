@@ -83,6 +83,8 @@ class Faithfulness:
     ppl_simulation: float
     ppl_runtime: float
     ppl_control: float
+    change: float
+    """Of the embeddings in the control, relative."""
 
     def to_json(self) -> dict[str, float]:
         """Return it as JSON types."""
@@ -96,8 +98,8 @@ class Faithfulness:
             f"{self.block_error:.2%}\n"
             f"  on their own: same argmax on {self.same_argmax_free:.3%}, perplexity {self.ppl_runtime:.4f} against "
             f"{self.ppl_simulation:.4f} in the simulation ({runtime:+.3%})\n"
-            f"  simulation with embeddings changed by {CHANGE:g}: same argmax on {self.same_argmax_control:.3%}, "
-            f"perplexity {self.ppl_control:.4f} ({control:+.3%})"
+            f"  simulation with embeddings changed by {self.change:.0e}: same argmax on "
+            f"{self.same_argmax_control:.3%}, perplexity {self.ppl_control:.4f} ({control:+.3%})"
         )
 
 
@@ -148,8 +150,12 @@ def compare_with_simulation(
             same[index] += int((each_TV.argmax(-1) == best_T).sum())
         for index, each_TV in enumerate((wanted_TV, free_TV, control_TV)):
             losses[index] += _loss(each_TV, window_T)
-    shares = [each / windows_NT.numel() for each in same]
-    return Faithfulness(windows_NT.numel(), shares[0], max(errors), *shares[1:], *_perplexities(losses, windows_NT))
+    together, free, control = (each / windows_NT.numel() for each in same)
+    simulated, computed, changed = _perplexities(losses, windows_NT)
+    change = _change_in(simulation.get_input_embeddings().weight.dtype)
+    return Faithfulness(
+        windows_NT.numel(), together, max(errors), free, control, simulated, computed, changed, change=change
+    )
 
 
 def _loss(logits_TV: Tensor, window_T: Tensor) -> float:
@@ -191,11 +197,17 @@ def given_streams(model: Any, streams: list[Tensor]) -> Iterator[list[Tensor]]:
             each.remove()
 
 
+def _change_in(dtype: torch.dtype) -> float:
+    """Return `CHANGE`, or the least change that a type with fewer digits shows."""
+    return max(CHANGE, torch.finfo(dtype).eps)
+
+
 @contextmanager
 def _changed_embeddings(model: Any) -> Iterator[None]:
     def change(_module: Any, _args: Any, output: Tensor) -> Tensor:
         generator = torch.Generator(output.device).manual_seed(0)
-        return output * (1 + CHANGE * torch.randn(output.shape, generator=generator, device=output.device))
+        noise = torch.randn(output.shape, generator=generator, device=output.device)
+        return (output * (1 + _change_in(output.dtype) * noise)).to(output.dtype)
 
     handle = model.get_input_embeddings().register_forward_hook(change)
     try:

@@ -42,7 +42,6 @@ class Call:
             and isinstance(self.keep, int)
             and (self.cache is None or (isinstance(self.cache, PackedCache) and self.cache.batch == len(self.ids)))
             and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
             and torch._C._len_torch_dispatch_stack() == 0
             and not torch.cuda.is_current_stream_capturing()
         )

@@ -83,7 +83,7 @@ class QuantizedCausalLM:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the family's forward returns. On a GPU, one more token a sequence and prompts of a length seen
         before are CUDA graphs replayed; the logits of one more token are overwritten by the next."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # which traces the family's forward; it neither records nor overlaps
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with overlapped_launches(self.overlapping):
             call = Call(args, kwargs) if self.recording else None

@@ -64,6 +64,13 @@ KERNELS = {
         | {"QUANTIZE": 1, **BOUNDS},
         {"num_warps": 8, "num_stages": 1},
     ),
+    "hadamard of one axis": (
+        hadamard_kernel,
+        "*bf16 *bf16 *fp32 *bf16 *bf16 *fp32 *fp32 *i8 *fp32 i32 i32 i32",
+        {"A": 1, "B": 128, "BA": 64, "BB": 128, "BC": 128, "TWO": False, "SWIGLU": True, "SCALED": False}
+        | {"QUANTIZE": 1, **BOUNDS},
+        {"num_warps": 8, "num_stages": 1},
+    ),
 }
 FIXED = {
     "quantize": {"gain"},
@@ -73,10 +80,11 @@ FIXED = {
     "attention": set(),
     "combine": set(),
     "hadamard": {"first", "last"},
+    "hadamard of one axis": {"last"},
 }
 """Arguments that no kernel writes shortly before."""
 
-INSTRUCTION = re.compile(r"^\s*\{?\s*(?:@%\w+ )?([\w.:]+)\s+(.*?);", re.M)
+INSTRUCTION = re.compile(r"^\s*\{?\s*(?:@!?%\w+ )?([\w.:]+)\s+(.*?);", re.M)
 
 
 def instructions_and_what_they_are_made_of(ptx, names):
@@ -89,7 +97,8 @@ def instructions_and_what_they_are_made_of(ptx, names):
         if operation.startswith(("ld.global", "st.global", "red.global", "atom.global", "cp.async", "grid")):
             yield operation, found
         if not operation.startswith(("ld.global", "st.", "red.")):  # what is loaded is no address here
-            for each in registers[:1]:
+            written = re.findall(r"%\w+", operands.split("}")[0]) if operands.startswith("{") else registers[:1]
+            for each in written:
                 sources[each] = sources.get(each, set()) | found
 
 

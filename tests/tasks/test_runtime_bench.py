@@ -81,6 +81,15 @@ def test_the_runtime_is_faithful_to_the_simulation(tmp_path):
     assert "same argmax on" in str(found)
 
 
+def test_an_export_in_16_bits_is_compared_as_well(tmp_path):
+    exported = Exported(tmp_path, "llama", {"prefix": {"tokens": [5, 7, tiny.BOS]}, "model.dtype": "bfloat16"})
+    windows, cpu = tiny.random_ids(2, 24), torch.device("cpu")
+    found = compare_with_simulation(exported.folder, windows, device=cpu, dtype=torch.bfloat16)
+    assert found.change == torch.finfo(torch.bfloat16).eps
+    assert found.same_argmax_control < 1.0  # the change is not rounded away
+    assert compare_exactly(exported.folder, windows, device=cpu).same_argmax == 1.0
+
+
 def test_a_runtime_that_computes_something_else_is_seen(tmp_path, monkeypatch):
     exported = Exported(tmp_path, "llama", {"prefix": {"tokens": [5, 7, tiny.BOS]}})
     load = QuantizedCausalLM.load
